@@ -1,0 +1,318 @@
+"""The experiment: what the study's coordinator decides, in one TOML file and one frozen model.
+
+An experiment travels inside every instruction as JSON and is validated with the same class at both ends. What a hospital
+decides (where its data lie, its device, its limits) is not in here and never leaves the hospital.
+
+Spatial values are in array order `(D, H, W)`: D runs along the patient's S axis, H along A, W along R once a volume is in
+`RAS` orientation. Lengths are in mm.
+"""
+
+import hashlib
+import json
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from fedseg.errors import ConfigError, ModelError
+
+PositiveInt = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Size3D = tuple[PositiveInt, PositiveInt, PositiveInt]
+Spacing3D = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
+OptionValue = bool | int | float | str | list[int] | list[float] | list[str] | None
+
+
+class Section(BaseModel):
+    """A frozen part of a configuration file; unknown keys and wrong types are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class TaskConfig(Section):
+    """What is segmented in which kind of image."""
+
+    name: str = Field(min_length=1)
+    """Short name of the task, shown in tables and reports."""
+    modality: Literal["mr", "ct"]
+    """Decides the intensity scheme: `mr` z-scores each volume, `ct` clips a window in Hounsfield units."""
+    channels: tuple[str, ...] = ("image",)
+    """One name per input channel, in file order (`_0000`, `_0001`, ...)."""
+    labels: dict[str, int]
+    """Label names and values: `background = 0`, then 1, 2, ... without a gap."""
+
+    @field_validator("labels")
+    @classmethod
+    def _labels_are_named_without_gaps(cls, labels: dict[str, int]) -> dict[str, int]:
+        if any(not name.strip() for name in labels):
+            raise ValueError("a label has no name; every value needs one, such as `spleen = 1`")
+        if labels.get("background") != 0:
+            raise ValueError("`background = 0` is missing")
+        if sorted(labels.values()) != list(range(len(labels))):
+            missing = sorted(set(range(max(labels.values()) + 1)) - set(labels.values()))
+            why = f"no name for value {missing}" if missing else "two names share a value"
+            raise ValueError(f"values must be 0, 1, 2, ... each once, got {sorted(labels.values())}: {why}")
+        if len(labels) < 2:
+            raise ValueError("there is only background; name at least one structure")
+        return labels
+
+    @field_validator("channels")
+    @classmethod
+    def _channels_are_distinct(cls, channels: tuple[str, ...]) -> tuple[str, ...]:
+        if not channels or len(set(channels)) != len(channels):
+            raise ValueError(f"needs at least one channel name, each once, got {list(channels)}")
+        return channels
+
+    @property
+    def num_labels(self) -> int:
+        """Number of output channels, background included."""
+        return len(self.labels)
+
+    @property
+    def structures(self) -> dict[str, int]:
+        """The foreground labels, by value."""
+        return {name: value for name, value in sorted(self.labels.items(), key=lambda item: item[1]) if value}
+
+
+class DataConfig(Section):
+    """How every site turns its files into network input, and when it has too little to take part."""
+
+    orientation: str = "RAS"
+    """Anatomical orientation to which volumes are turned, as nibabel writes axis codes."""
+    spacing: Spacing3D | None = None
+    """Voxel spacing in mm, `(D, H, W)`, to which volumes are resampled; absent: kept as they are."""
+    crop: Literal["none", "nonzero"] = "none"
+    """`nonzero` crops each volume to the box of its non-zero voxels."""
+    percentiles: tuple[Fraction, Fraction] = (0.005, 0.995)
+    """MR: intensities are clipped to these quantiles of the volume before its z-score."""
+    window: tuple[float, float] | None = None
+    """CT: lower and upper bound in Hounsfield units, mapped to [-1, 1]."""
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """Share of a site's persons (never split) that is kept for validation."""
+    min_cases: PositiveInt = 2
+    """A site abstains with fewer usable training cases."""
+    min_usable_share: Fraction = 0.5
+    """A site abstains if a smaller share of its cases is usable."""
+
+    @field_validator("orientation")
+    @classmethod
+    def _orientation_is_a_frame(cls, code: str) -> str:
+        axes = {"R": 0, "L": 0, "A": 1, "P": 1, "S": 2, "I": 2}
+        if len(code) != 3 or sorted(axes.get(letter, -1) for letter in code) != [0, 1, 2]:
+            raise ValueError(f"must name one of R/L, A/P and S/I each, such as RAS or LPS, got {code!r}")
+        return code
+
+    @field_validator("percentiles", "window")
+    @classmethod
+    def _bounds_are_ordered(cls, bounds: tuple[float, float] | None) -> tuple[float, float] | None:
+        if bounds is not None and not bounds[0] < bounds[1]:
+            raise ValueError(f"the lower bound must be below the upper one, got {list(bounds)}")
+        return bounds
+
+
+class ModelConfig(Section):
+    """Which network: see `fedseg models`."""
+
+    name: str = "mlru++"
+    """A name that `fedseg models` lists."""
+    preset: str | None = None
+    """One of the network's presets; absent: its default."""
+    options: dict[str, OptionValue] = {}
+    """Keyword arguments of the network that replace the preset's."""
+
+
+class TrainingConfig(Section):
+    """How a site trains between two exchanges."""
+
+    patch_size: Size3D
+    """Training patch in voxels `(D, H, W)`; volumes smaller than that are padded."""
+    batch_size: PositiveInt = 2
+    """Patches per step."""
+    steps_per_epoch: PositiveInt | None = None
+    """Steps that count as one epoch; absent: one patch of each training case."""
+    foreground_share: Fraction = 0.33
+    """Share of patches that are centred on a foreground voxel."""
+    augmentation: Literal["none", "light", "strong"] = "light"
+    """`light`: left-right flip, intensity scale and shift; `strong`: also rotation, zoom, noise, blur, gamma, low resolution."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """`sgd` is with Nesterov momentum, as in the networks' papers. Its state is new in every round."""
+    learning_rate: PositiveFloat = 1e-3
+    """Learning rate of the first round."""
+    schedule: Literal["constant", "poly", "cosine"] = "poly"
+    """Decay over the rounds of the federation; `poly` is (1 - progress)^0.9."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    """Momentum of `sgd`."""
+    weight_decay: NonNegativeFloat = 3e-5
+    """Weight decay on all parameters."""
+    clip_norm: PositiveFloat | None = 12.0
+    """Largest L2 norm of the gradient; absent: not clipped."""
+    deep_supervision: bool = True
+    """Train the network's auxiliary outputs too, where it has them."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Autocast type on a GPU (parameters stay fp32); on a CPU, bf16 works and fp16 is refused."""
+
+
+class EvaluationConfig(Section):
+    """How a model is scored."""
+
+    overlap: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """Overlap of neighbouring windows in sliding-window inference, blended with a Gaussian."""
+    surface_tolerance: PositiveFloat = 1.0
+    """Tolerance of the surface Dice in mm."""
+    surface_metrics: bool = False
+    """Compute HD95 and surface Dice in every round too, not only at the end."""
+
+
+class ScreeningConfig(Section):
+    """What the server refuses before an update can touch the global model."""
+
+    max_norm_ratio: PositiveFloat = 20.0
+    """Largest update norm, as a multiple of the median norm of the last accepted updates."""
+    max_norm: PositiveFloat | None = None
+    """Largest update norm whatever the others sent; absent: only the ratio counts."""
+
+
+class FederationConfig(Section):
+    """How rounds are run and updates are joined."""
+
+    rounds: PositiveInt
+    """Number of rounds."""
+    local_epochs: PositiveInt = 1
+    """Passes over a site's training cases per round."""
+    proximal_mu: NonNegativeFloat = 0.0
+    """FedProx: weight of (mu/2)||w - w_global||^2; 0 is FedAvg."""
+    aggregate: Literal["mean", "median", "trimmed-mean"] = "mean"
+    """`mean` streams; the robust ones hold all updates of a round in memory."""
+    trim: Annotated[float, Field(ge=0, lt=0.5)] = 0.2
+    """Share of values that `trimmed-mean` drops at each end."""
+    weighting: Literal["cases", "uniform"] = "cases"
+    """Weight of a site in the mean: its number of training cases, or 1."""
+    server_optimizer: Literal["average", "momentum", "adam"] = "average"
+    """`average` takes the mean as it is; `momentum` is FedAvgM, `adam` is FedAdam."""
+    server_learning_rate: PositiveFloat = 1.0
+    """Step size of the server optimizer; FedAdam wants about 0.01."""
+    server_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """First-moment decay of `momentum` and `adam`."""
+    participation: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of sites asked in a round, drawn anew each round from the seed."""
+    min_sites: PositiveInt = 2
+    """Quorum: a round with fewer accepted updates is repeated."""
+    max_attempts: PositiveInt = 3
+    """Tries per round before the run stops with a QuorumError; it can be resumed."""
+    deadline: PositiveFloat | None = None
+    """Seconds after which a round ends with the sites that answered; absent: waits for all."""
+    evaluate_every: PositiveInt = 1
+    """Sites score the incoming weights every so many rounds (and always after the last)."""
+    screening: ScreeningConfig = ScreeningConfig()
+
+
+class Experiment(Section):
+    """Everything that the coordinator decides.
+
+    Raises:
+        ConfigError: from `load_experiment` and `parse_experiment`, naming file, key, value and what would be right.
+    """
+
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the study; letters, digits, `.`, `_`, `-`."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of everything random."""
+    task: TaskConfig
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    training: TrainingConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+    federation: FederationConfig
+
+    @model_validator(mode="after")
+    def _parts_fit_together(self) -> Self:
+        if self.task.modality == "ct" and self.data.window is None:
+            raise ValueError("data.window: a CT task needs one in Hounsfield units, such as window = [-160.0, 240.0]")
+        if self.task.modality == "mr" and self.data.window is not None:
+            raise ValueError("data.window: is for CT; an MR task uses data.percentiles. Leave it out")
+        from fedseg.models import check_model
+
+        try:
+            check_model(
+                self.model.name,
+                preset=self.model.preset,
+                options=self.model.options,
+                in_channels=len(self.task.channels),
+                num_labels=self.task.num_labels,
+                patch_size=self.training.patch_size,
+                batch_size=self.training.batch_size,
+            )
+        except ModelError as error:
+            raise ValueError(str(error)) from error
+        return self
+
+    def to_json(self) -> str:
+        """The canonical JSON document: the same experiment gives the same text."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON document."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+
+S = TypeVar("S", bound=Section)
+
+
+def load_experiment(path: Path) -> Experiment:
+    """Read and validate an experiment file."""
+    return load_section(Experiment, path)
+
+
+def parse_experiment(document: str) -> Experiment:
+    """Validate an experiment that arrived as JSON."""
+    return validate_section(Experiment, document, source="the received experiment")
+
+
+def load_section(kind: type[S], path: Path) -> S:
+    """Read a TOML file into a section.
+
+    Raises:
+        ConfigError: the file is missing, is no TOML, or does not validate.
+    """
+    return validate_section(kind, json.dumps(read_toml(path), default=str), source=str(path))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file.
+
+    Raises:
+        ConfigError: the file is missing or is no TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: not a readable TOML file: {error}") from error
+
+
+def validate_section(kind: type[S], document: str, *, source: str) -> S:
+    """Validate a JSON document against a section.
+
+    Raises:
+        ConfigError: one line per fault: source, key, what is wrong, the value that stood there.
+    """
+    try:
+        return kind.model_validate_json(document)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(source, fault) for fault in error.errors(include_url=False))) from None
+
+
+def _explain(source: str, fault: Any) -> str:
+    key = ".".join(str(part) for part in fault["loc"])
+    message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "extra_forbidden":
+        message = "unknown key; check the spelling"
+    elif fault["type"] == "missing":
+        return f"{source}: {key}: is missing"
+    value = repr(fault["input"])
+    shown = f", got {value if len(value) <= 120 else value[:117] + '...'}" if key else ""
+    return f"{source}: {key + ': ' if key else ''}{message}{shown}"
