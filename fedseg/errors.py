@@ -6,6 +6,7 @@
     │   └── CaseError          one case cannot be used: carries a typed reason, the case is quarantined
     ├── SiteAbstained          a site will not take part in this round: carries a typed reason
     ├── ModelError             no such network, or an input or a checkpoint that does not fit it
+    ├── TrainingDiverged       a loss or a gradient is not finite: the site reports it and sends no weights
     ├── MessageError           bytes that are not a valid message
     ├── UpdateRefused          screening refused a site's update: carries a typed reason
     ├── QuorumError            too few sites answered, too often
@@ -51,6 +52,10 @@ class SiteAbstained(FedsegError):  # noqa: N818 - an answer of the site, not a f
 
 class ModelError(FedsegError):
     """No such network, or an input or checkpoint that does not fit it."""
+
+
+class TrainingDiverged(FedsegError):  # noqa: N818 - an outcome of the optimisation, not a fault of the program
+    """Loss or gradient became NaN or infinite; the model's weights are not to be used."""
 
 
 class MessageError(FedsegError):

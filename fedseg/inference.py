@@ -1,0 +1,137 @@
+"""From a network and a volume to logits and labels: one pass if the volume fits into a patch, else a sliding window.
+
+Windows overlap and are blended with a Gaussian, as in nnU-Net (Isensee et al. 2021, doi:10.1038/s41592-020-01008-z).
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedseg.device import Precision, autocast
+
+MAX_VOXELS_ON_GPU = 2**24
+"""Larger volumes (about 256³) gather their logits in main memory, window by window."""
+
+
+@torch.inference_mode()
+def predict_logits(
+    model: nn.Module,
+    image_CDHW: NDArray[np.float32] | Tensor,
+    patch_size: Sequence[int],
+    *,
+    overlap: float = 0.5,
+    device: torch.device | str = "cpu",
+    precision: Precision = "fp32",
+    batch_size: int = 1,
+    mirror: bool = False,
+) -> Tensor:
+    """Logits of a whole volume.
+
+    A volume smaller than the patch is padded with zeros on both sides, so that the network sees the field of view that
+    it was trained on; the padding is cut off again.
+
+    Args:
+        model: on `device` already; run in evaluation mode, its modes are restored afterwards.
+        image_CDHW: preprocessed image.
+        patch_size: window in voxels `(D, H, W)`.
+        overlap: share of a window that it has in common with its neighbour, in [0, 1).
+        device: where windows are computed.
+        precision: autocast type of the network; blending is in fp32.
+        batch_size: windows per forward pass.
+        mirror: average over the eight flips of the volume (test-time augmentation, eight times the work).
+
+    Returns:
+        `(K, D, H, W)`, float32, on the CPU.
+    """
+    device = torch.device(device)
+    image_1CDHW = torch.as_tensor(image_CDHW, dtype=torch.float32)[None]
+    flips = _all_flips() if mirror else [()]
+    context = autocast(device, precision)
+
+    def forward(windows_BCDHW: Tensor) -> Tensor:
+        with context:
+            output = model(windows_BCDHW)
+        logits: Tensor = output if isinstance(output, Tensor) else output[0]
+        return logits.float()
+
+    with evaluating(model):
+        total: Tensor | None = None
+        for axes in flips:
+            logits = _one_view(forward, image_1CDHW.flip(axes), tuple(patch_size), overlap, device, batch_size).flip(
+                axes
+            )
+            total = logits if total is None else total.add_(logits)
+    assert total is not None
+    return (total if len(flips) == 1 else total.div_(len(flips)))[0]
+
+
+def predict_label(
+    model: nn.Module,
+    image_CDHW: NDArray[np.float32] | Tensor,
+    patch_size: Sequence[int],
+    **options: Any,
+) -> NDArray[np.uint8]:
+    """The label with the largest logit at each voxel, `(D, H, W)`; arguments as in `predict_logits`."""
+    logits_KDHW = predict_logits(model, image_CDHW, patch_size, **options)
+    label: NDArray[np.uint8] = logits_KDHW.argmax(dim=0).to(torch.uint8).numpy()
+    return label
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """Evaluation mode inside, and afterwards every module's own mode again (a frozen part may differ from the rest)."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield model
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _all_flips() -> list[tuple[int, ...]]:
+    return [axes for count in range(4) for axes in itertools.combinations((2, 3, 4), count)]
+
+
+def _one_view(
+    forward: Any,
+    image_1CDHW: Tensor,
+    patch_size: tuple[int, ...],
+    overlap: float,
+    device: torch.device,
+    batch_size: int,
+) -> Tensor:
+    size = tuple(image_1CDHW.shape[2:])
+    if all(length <= patch for length, patch in zip(size, patch_size, strict=True)):
+        return _one_pass(forward, image_1CDHW.to(device), patch_size).cpu()
+    from monai.inferers import sliding_window_inference  # here, since importing MONAI takes a second or two
+
+    gather_on = device if size[0] * size[1] * size[2] <= MAX_VOXELS_ON_GPU else torch.device("cpu")
+    logits: Tensor = sliding_window_inference(
+        image_1CDHW,
+        roi_size=patch_size,
+        sw_batch_size=batch_size,
+        predictor=forward,
+        overlap=overlap,
+        mode="gaussian",
+        sw_device=device,
+        device=gather_on,
+    )
+    return logits.cpu()
+
+
+def _one_pass(forward: Any, image_1CDHW: Tensor, patch_size: tuple[int, ...]) -> Tensor:
+    size = image_1CDHW.shape[2:]
+    before = [(patch - length) // 2 for length, patch in zip(size, patch_size, strict=True)]
+    after = [patch - length - first for length, patch, first in zip(size, patch_size, before, strict=True)]
+    padding = [amount for pair in zip(reversed(before), reversed(after), strict=True) for amount in pair]
+    logits: Tensor = forward(functional.pad(image_1CDHW, padding))
+    inside = tuple(slice(first, first + length) for first, length in zip(before, size, strict=True))
+    return logits[(slice(None), slice(None), *inside)]
