@@ -1,0 +1,171 @@
+"""Many sites on one machine: in this process, or spread over worker processes that stay warm."""
+
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Self
+
+from fedseg.federated.messages import Answer, RoundInstructions, SiteFailure, SiteUpdate
+
+Ask = Callable[[str, RoundInstructions], Answer]
+"""Asks the site with this name; never raises."""
+
+
+class InProcessFleet:
+    """Asks one site after another in this process.
+
+    Args:
+        sites: names of the sites.
+        ask: reaches one of them.
+    """
+
+    def __init__(self, sites: Sequence[str], ask: Ask) -> None:
+        self._sites, self._ask = tuple(sites), ask
+
+    def sites(self) -> Sequence[str]:
+        """All sites."""
+        return self._sites
+
+    def exchange(self, instructions: RoundInstructions, sites: Sequence[str], deadline: float | None) -> Iterator[Answer]:
+        """Ask the sites in turn; those not reached before the deadline are late."""
+        begun = time.monotonic()
+        for site in sites:
+            answer: Answer = SiteFailure(site, instructions.server_round, "late", "deadline")
+            if deadline is None or time.monotonic() - begun < deadline:
+                answer = self._ask(site, instructions)
+            if deadline is not None and time.monotonic() - begun > deadline:
+                answer = SiteFailure(site, instructions.server_round, "late", "deadline")
+            yield answer
+
+
+@dataclass
+class _Worker:
+    process: BaseProcess
+    pipe: Connection
+    site: str | None = None
+    """The site it is working for."""
+    briefed: bool = False
+    """It has this round's instructions."""
+
+
+class WorkerFleet:
+    """Asks sites in worker processes; any worker can be any site.
+
+    A worker keeps its network and the volumes that it has opened from round to round. Only bytes cross the pipes, in the
+    format of `fedseg.federated.messages`; a worker gets the instructions once per round. At most one update per worker
+    exists at a time, so memory does not grow with the federation.
+
+    Args:
+        sites: names of the sites.
+        make_ask: called in each worker once; must be picklable.
+        workers: number of processes.
+        preload: modules that the workers share from the start.
+    """
+
+    def __init__(
+        self, sites: Sequence[str], make_ask: Callable[[], Ask], workers: int, preload: Sequence[str] = ("fedseg.federated.site",)
+    ) -> None:
+        self._sites, self._make_ask = tuple(sites), make_ask
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(list(preload))
+        self._workers = [self._start() for _ in range(min(workers, len(sites)))]
+
+    def sites(self) -> Sequence[str]:
+        """All sites."""
+        return self._sites
+
+    def exchange(self, instructions: RoundInstructions, sites: Sequence[str], deadline: float | None) -> Iterator[Answer]:
+        """Spread the sites over the workers; a worker that is busy at the deadline is ended and replaced."""
+        end = None if deadline is None else time.monotonic() + deadline
+        data, waiting = instructions.encode(), list(sites)
+        for worker in self._workers:
+            worker.briefed = False
+        try:
+            self._assign(waiting, data)
+            while busy := {worker.pipe: worker for worker in self._workers if worker.site is not None}:
+                ready = wait(list(busy), None if end is None else max(0.0, end - time.monotonic()))
+                if not ready:
+                    break
+                for pipe in ready:
+                    answer = self._receive(busy[pipe], instructions.server_round)  # type: ignore[index]
+                    self._assign(waiting, data)
+                    yield answer
+            late = [worker.site for worker in self._workers if worker.site is not None] + waiting
+            yield from (SiteFailure(site, instructions.server_round, "late", "deadline") for site in sorted(late))
+        finally:
+            for number, worker in enumerate(self._workers):
+                if worker.site is not None:
+                    _end(worker)
+                    self._workers[number] = self._start()
+
+    def close(self) -> None:
+        """End the workers."""
+        for worker in self._workers:
+            _end(worker)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _start(self) -> _Worker:
+        ours, theirs = self._context.Pipe()
+        process = self._context.Process(target=_work, args=(theirs, self._make_ask), daemon=True)
+        process.start()
+        theirs.close()
+        return _Worker(process, ours)
+
+    def _assign(self, waiting: list[str], data: bytes) -> None:
+        for worker in self._workers:
+            if waiting and worker.site is None:
+                if not worker.briefed:
+                    worker.pipe.send_bytes(b"I" + data)
+                    worker.briefed = True
+                worker.site = waiting.pop(0)
+                worker.pipe.send_bytes(b"S" + worker.site.encode())
+
+    def _receive(self, worker: _Worker, server_round: int) -> Answer:
+        site = worker.site
+        assert site is not None
+        try:
+            reply = worker.pipe.recv_bytes()
+        except (EOFError, ConnectionError):
+            _end(worker)
+            self._workers[self._workers.index(worker)] = self._start()
+            return SiteFailure(site, server_round, "failed", "WorkerDied")
+        worker.site = None
+        return SiteUpdate.decode(reply[1:]) if reply[:1] == b"U" else SiteFailure(**json.loads(reply[1:]))
+
+
+def _work(pipe: Connection, make_ask: Callable[[], Ask]) -> None:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    ask, instructions = make_ask(), None
+    while True:
+        try:
+            message = pipe.recv_bytes()
+        except (EOFError, ConnectionError):
+            return
+        if message[:1] == b"I":
+            instructions = RoundInstructions.decode(message[1:])
+            continue
+        assert instructions is not None
+        answer = ask(message[1:].decode(), instructions)
+        if isinstance(answer, SiteUpdate):
+            pipe.send_bytes(b"U" + answer.encode())
+        else:
+            pipe.send_bytes(b"F" + json.dumps(answer.header()).encode())
+
+
+def _end(worker: _Worker) -> None:
+    worker.pipe.close()
+    worker.process.terminate()
+    worker.process.join(5)
+    if worker.process.is_alive():
+        worker.process.kill()
+        worker.process.join()

@@ -1,0 +1,169 @@
+"""What the server and a site say to each other, and the bytes that carry it.
+
+Bytes are one safetensors document: tensors, and a JSON header under `fedseg`. Nothing is ever unpickled.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, Self
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from fedseg import __version__
+from fedseg.errors import MessageError
+from fedseg.federated.weights import Weights
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class RoundInstructions:
+    """What the server asks of a site."""
+
+    server_round: int
+    """1, 2, ...; the round that this training is part of. The weights are those of round `server_round - 1`."""
+    weights: Weights
+    """Global weights, from which the site starts."""
+    experiment: str
+    """The experiment as JSON; validated again by the site."""
+    train: bool = True
+    """False: only score the weights."""
+    evaluate: bool = True
+    """Score the weights on the validation cases before training."""
+    surface: bool = False
+    """Score with surface metrics too."""
+
+    def encode(self) -> bytes:
+        """The message as bytes."""
+        return _encode("instructions", self.header(), self.weights)
+
+    def header(self) -> dict[str, Any]:
+        """Everything but the tensors."""
+        return {key: value for key, value in vars(self).items() if key != "weights"}
+
+    @classmethod
+    def decode(cls, data: bytes) -> Self:
+        """Read the bytes of `encode`.
+
+        Raises:
+            MessageError: they are not such a message.
+        """
+        header, tensors = _decode("instructions", data)
+        return cls.from_parts(header, tensors)
+
+    @classmethod
+    def from_parts(cls, header: Mapping[str, Any], tensors: Weights) -> Self:
+        """Join header and tensors; the header's types are checked.
+
+        Raises:
+            MessageError: a field is missing, unknown or of the wrong type.
+        """
+        types = {"server_round": int, "experiment": str, "train": bool, "evaluate": bool, "surface": bool}
+        _check_fields("instructions", header, types)
+        return cls(weights=tensors, **header)
+
+
+@dataclass(frozen=True)
+class SiteUpdate:
+    """What leaves a site: a delta, counts and sums. Never a case id, a path or a per-case value."""
+
+    site: str
+    """Name of the site."""
+    server_round: int
+    """The round that was asked for."""
+    delta: Weights
+    """Trained minus received weights; empty when the site only scored."""
+    num_cases: int
+    """Training cases that were really used: the weight in the mean."""
+    sums: dict[str, float] = field(default_factory=dict)
+    """Additive sums and counts of metrics over the validation cases."""
+    training: dict[str, float] = field(default_factory=dict)
+    """Figures of the local training: loss, steps, seconds."""
+    quarantined: dict[str, int] = field(default_factory=dict)
+    """Number of cases that could not be used, by reason code."""
+
+    def encode(self) -> bytes:
+        """The message as bytes."""
+        return _encode("update", self.header(), self.delta)
+
+    def header(self) -> dict[str, Any]:
+        """Everything but the tensors."""
+        return {key: value for key, value in vars(self).items() if key != "delta"}
+
+    @classmethod
+    def decode(cls, data: bytes) -> Self:
+        """Read the bytes of `encode`.
+
+        Raises:
+            MessageError: they are not such a message.
+        """
+        header, tensors = _decode("update", data)
+        return cls.from_parts(header, tensors)
+
+    @classmethod
+    def from_parts(cls, header: Mapping[str, Any], tensors: Weights) -> Self:
+        """Join header and tensors; the header's types are checked.
+
+        Raises:
+            MessageError: a field is missing, unknown or of the wrong type.
+        """
+        types = {"site": str, "server_round": int, "num_cases": int, "sums": dict, "training": dict, "quarantined": dict}
+        _check_fields("update", header, types)
+        for key in ("sums", "training"):
+            if any(isinstance(value, bool) or not isinstance(value, int | float) for value in header[key].values()):
+                raise MessageError(f"update: {key} must map names to numbers")
+        if any(type(count) is not int or count < 0 for count in header["quarantined"].values()):
+            raise MessageError("update: quarantined must map reasons to counts")
+        return cls(delta=tensors, **header)
+
+
+@dataclass(frozen=True)
+class SiteFailure:
+    """A site that was asked and gave no update."""
+
+    site: str
+    server_round: int
+    kind: Literal["abstained", "failed", "late", "refused"]
+    """`abstained` by its own decision, `failed` with an error, `late` after the deadline, `refused` by screening."""
+    reason: str
+    """A code or an error's class name; never an error's text."""
+
+    def header(self) -> dict[str, Any]:
+        """All fields, for the wire."""
+        return asdict(self)
+
+
+Answer = SiteUpdate | SiteFailure
+
+
+def _encode(kind: str, header: Mapping[str, Any], tensors: Weights) -> bytes:
+    document = {"format": FORMAT, "version": __version__, "kind": kind, **header}
+    contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    return save_tensors(contiguous, metadata={"fedseg": json.dumps(document, sort_keys=True)})
+
+
+def _decode(kind: str, data: bytes) -> tuple[dict[str, Any], Weights]:
+    try:
+        size = int.from_bytes(data[:8], "little")
+        document = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["fedseg"])
+        tensors = load_tensors(data)
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise MessageError(f"not a fedseg message: {type(error).__name__}") from error
+    if not isinstance(document, dict) or document.pop("kind", None) != kind:
+        raise MessageError(f"expected a message of kind {kind!r}")
+    if document.pop("format", None) != FORMAT:
+        raise MessageError(f"message format is not {FORMAT}; both ends need the same fedseg release")
+    document.pop("version", None)
+    return document, tensors
+
+
+def _check_fields(kind: str, header: Mapping[str, Any], types: Mapping[str, type]) -> None:
+    if set(header) != set(types):
+        raise MessageError(f"{kind}: fields {sorted(set(header) ^ set(types))} are missing or unknown")
+    for key, expected in types.items():
+        if type(header[key]) is not expected:
+            raise MessageError(f"{kind}: {key} must be {expected.__name__}, got {type(header[key]).__name__}")

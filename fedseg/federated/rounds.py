@@ -1,0 +1,157 @@
+"""A round is a function from server state and joined update to the next server state.
+
+All that survives a round is in `ServerState`: it is the checkpoint, and resuming is nothing but loading it.
+"""
+
+import hashlib
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from fedseg.config import Experiment, FederationConfig
+from fedseg.federated.messages import RoundInstructions, SiteFailure
+from fedseg.federated.weights import Weights
+
+NORMS_KEPT = 50
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """Everything that the server knows between two rounds."""
+
+    experiment_digest: str
+    """Digest of the experiment that the run belongs to."""
+    server_round: int
+    """Last finished round; 0 with the initial weights."""
+    weights: Weights
+    """Global weights after that round."""
+    buffers: frozenset[str] = frozenset()
+    """Names of tensors that are no parameters (batch statistics): averaged, never stepped by a server optimizer."""
+    moments: Mapping[str, Weights] = field(default_factory=dict)
+    """State of the server optimizer: `first` and `second` moments."""
+    norms: tuple[float, ...] = ()
+    """Norms of the last accepted updates, for screening."""
+
+
+@dataclass(frozen=True)
+class AcceptedUpdate:
+    """What the server keeps of an update that it folded in."""
+
+    site: str
+    num_cases: int
+    norm: float
+    num_bytes: int
+    seconds: float
+    """From the broadcast to the answer."""
+    sums: Mapping[str, float]
+    training: Mapping[str, float]
+    quarantined: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """What happened in a round."""
+
+    server_round: int
+    attempts: int
+    asked: tuple[str, ...]
+    accepted: tuple[AcceptedUpdate, ...]
+    failures: tuple[SiteFailure, ...]
+    seconds: float
+
+
+def initial_state(experiment: Experiment, weights: Weights, buffers: Collection[str] = ()) -> ServerState:
+    """The state before round 1."""
+    return ServerState(experiment.digest(), 0, weights, frozenset(buffers))
+
+
+def instructions_for(state: ServerState, experiment: Experiment, document: str) -> RoundInstructions:
+    """What the sites are told in the round after `state`.
+
+    Args:
+        state: the server's state.
+        experiment: the experiment.
+        document: its JSON, made once.
+    """
+    evaluate = state.server_round > 0 and state.server_round % experiment.federation.evaluate_every == 0
+    return RoundInstructions(
+        server_round=state.server_round + 1,
+        weights=state.weights,
+        experiment=document,
+        evaluate=evaluate,
+        surface=experiment.evaluation.surface_metrics,
+    )
+
+
+def final_instructions(state: ServerState, document: str) -> RoundInstructions:
+    """The evaluation-only message that closes a run."""
+    return RoundInstructions(state.server_round + 1, state.weights, document, train=False, surface=True)
+
+
+def derive_seed(*parts: object) -> int:
+    """A 32-bit seed from anything printable, the same on every machine."""
+    return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:4], "little")
+
+
+def choose_sites(sites: Sequence[str], experiment: Experiment, server_round: int, attempt: int) -> tuple[str, ...]:
+    """The sites asked in a round: all, or a seeded share of them but never fewer than the quorum."""
+    config = experiment.federation
+    if config.participation >= 1:
+        return tuple(sorted(sites))
+    count = min(len(sites), max(config.min_sites, math.ceil(config.participation * len(sites))))
+    ranked = sorted(sites, key=lambda site: (derive_seed(experiment.seed, "ask", server_round, attempt, site), site))
+    return tuple(sorted(ranked[:count]))
+
+
+def site_weight(num_cases: int, config: FederationConfig) -> int:
+    """Weight of a site's update in the mean."""
+    return num_cases if config.weighting == "cases" else 1
+
+
+def apply_round(state: ServerState, joined: Weights, norms: Sequence[float], config: FederationConfig) -> ServerState:
+    """The state after a round.
+
+    Args:
+        state: before the round.
+        joined: the joint update of the accepted sites.
+        norms: their norms, in the order of the sites' names.
+        config: decides the server optimizer.
+    """
+    steps, moments = _server_step(state, joined, config)
+    weights = {name: state.weights[name] + steps[name] for name in state.weights}
+    kept = (*state.norms, *norms)[-NORMS_KEPT:]
+    return replace(state, server_round=state.server_round + 1, weights=weights, moments=moments, norms=kept)
+
+
+def _server_step(state: ServerState, joined: Weights, config: FederationConfig) -> tuple[Weights, Mapping[str, Weights]]:
+    """What is added to the weights, and the optimizer's next state.
+
+    FedAvgM: Hsu et al., arXiv 1909.06335. FedAdam: Reddi et al., arXiv 2003.00295, with tau = 1e-3 and without bias
+    correction, as there. Buffers always take the plain mean: a momentum on running variances can turn them negative.
+    """
+    if config.server_optimizer == "average":
+        return {name: _scaled(delta, config, name in state.buffers) for name, delta in joined.items()}, {}
+    names = [name for name in joined if name not in state.buffers]
+    steps = {name: joined[name] for name in state.buffers}
+    beta, rate = np.float32(config.server_momentum), np.float32(config.server_learning_rate)
+    if config.server_optimizer == "momentum":
+        first = {name: beta * _moment(state, "first", name) + joined[name] for name in names}
+        return steps | {name: rate * first[name] for name in names}, {"first": first}
+    beta2, tau = np.float32(0.99), np.float32(1e-3)
+    first = {name: beta * _moment(state, "first", name) + (1 - beta) * joined[name] for name in names}
+    second = {name: beta2 * _moment(state, "second", name) + (1 - beta2) * np.square(joined[name]) for name in names}
+    return (
+        steps | {name: rate * first[name] / (np.sqrt(second[name]) + tau) for name in names},
+        {"first": first, "second": second},
+    )
+
+
+def _scaled(delta: np.ndarray, config: FederationConfig, buffer: bool) -> np.ndarray:  # type: ignore[type-arg]
+    return delta if buffer or config.server_learning_rate == 1 else np.float32(config.server_learning_rate) * delta
+
+
+def _moment(state: ServerState, kind: str, name: str) -> np.ndarray:  # type: ignore[type-arg]
+    moments = state.moments.get(kind)
+    return np.zeros_like(state.weights[name]) if moments is None else moments[name]

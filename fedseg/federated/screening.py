@@ -1,0 +1,61 @@
+"""What the server refuses before an update can touch the global model."""
+
+import math
+import statistics
+from collections.abc import Sequence
+
+import numpy as np
+
+from fedseg.config import ScreeningConfig
+from fedseg.errors import UpdateRefused
+from fedseg.federated.messages import SiteUpdate
+from fedseg.federated.weights import Weights, norm
+
+MAX_CASES = 1_000_000
+
+
+def screen(update: SiteUpdate, server_round: int, weights: Weights, norms: Sequence[float], config: ScreeningConfig) -> float:
+    """Check one update against the global weights that it started from.
+
+    Args:
+        update: what the site sent.
+        server_round: the round that is being run.
+        weights: the global weights; names, shapes and dtypes of the delta must be theirs.
+        norms: L2 norms of recently accepted updates, of earlier rounds only, so that the order of answers does not matter.
+        config: the limits.
+
+    Returns:
+        The L2 norm of the update.
+
+    Raises:
+        UpdateRefused: with reason `stale`, `no-cases`, `wrong-names`, `wrong-dtype`, `wrong-shape`, `non-finite` or
+            `absurd-norm`.
+    """
+
+    def refuse(reason: str, message: str) -> UpdateRefused:
+        return UpdateRefused(reason, f"update of {update.site} for round {update.server_round}: {message}")
+
+    if update.server_round != server_round:
+        raise refuse("stale", f"round {server_round} is being run")
+    if not 0 < update.num_cases <= MAX_CASES:
+        raise refuse("no-cases", f"num_cases must be in 1..{MAX_CASES}, got {update.num_cases}")
+    if update.delta.keys() != weights.keys():
+        missing, unknown = sorted(weights.keys() - update.delta.keys()), sorted(update.delta.keys() - weights.keys())
+        raise refuse("wrong-names", f"missing {missing[:3]}, unknown {unknown[:3]}")
+    for name, array in weights.items():
+        delta = update.delta[name]
+        if delta.dtype != np.float32:
+            raise refuse("wrong-dtype", f"{name} must be float32, got {delta.dtype}")
+        if delta.shape != array.shape:
+            raise refuse("wrong-shape", f"{name} must have shape {array.shape}, got {delta.shape}")
+    size = norm(update.delta)
+    if not math.isfinite(size):
+        raise refuse("non-finite", "it holds NaN or infinite values")
+    if not all(math.isfinite(value) for value in (*update.sums.values(), *update.training.values())):
+        raise refuse("non-finite", "a metric is NaN or infinite")
+    limit = config.max_norm if config.max_norm is not None else math.inf
+    if norms:
+        limit = min(limit, config.max_norm_ratio * statistics.median(norms))
+    if size > limit:
+        raise refuse("absurd-norm", f"its norm {size:.4g} exceeds {limit:.4g}")
+    return size

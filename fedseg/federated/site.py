@@ -1,0 +1,204 @@
+"""A site: instructions in, update out. The same object trains in a simulation, behind Flower, and at a hospital."""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fedseg.config import Experiment, parse_experiment
+from fedseg.data.cohort import Cohort, read_cohort, split_by_person
+from fedseg.data.patches import Batch, PatchSampler
+from fedseg.data.preprocess import PreparedCase, PreparedCohort, prepare_cohort, require_enough
+from fedseg.device import pick_device, seed_everything
+from fedseg.errors import SiteAbstained
+from fedseg.evaluation import evaluate
+from fedseg.federated.exchange import anchor_of, buffer_names, put_weights, take_weights
+from fedseg.federated.messages import Answer, RoundInstructions, SiteFailure, SiteUpdate
+from fedseg.federated.rounds import ServerState, derive_seed, initial_state
+from fedseg.federated.weights import subtract
+from fedseg.models import build_model
+from fedseg.site.config import SiteConfig
+from fedseg.training import train_locally
+
+log = logging.getLogger(__name__)
+
+AnswerRound = Callable[[RoundInstructions], SiteUpdate]
+"""What a site is to the rest of the program."""
+
+
+@dataclass(frozen=True)
+class SiteData:
+    """The usable cases of a site."""
+
+    training: PreparedCohort
+    validation: PreparedCohort
+    num_listed: int
+    """Training cases in the folder, usable or not."""
+
+
+class Site:
+    """One hospital, with its preprocessed volumes kept open between rounds.
+
+    Args:
+        config: where its data lie and on what it computes.
+    """
+
+    def __init__(self, config: SiteConfig) -> None:
+        self.config = config
+        self._data: dict[str, SiteData] = {}
+
+    def __call__(self, instructions: RoundInstructions) -> SiteUpdate:
+        """Score the received weights, train on them, and return what changed.
+
+        Raises:
+            SiteAbstained: too few of the site's cases are usable.
+            ConfigError: the experiment does not validate here.
+            TrainingDiverged: the loss became non-finite.
+        """
+        experiment = _parsed(instructions.experiment)
+        torch.set_num_threads(self.config.threads)
+        data = self.prepare(experiment)
+        device = pick_device(self.config.device)
+        model = warm_model(instructions.experiment, device)
+        put_weights(model, instructions.weights)
+        sums: dict[str, float] = {}
+        if instructions.evaluate and data.validation.cases:
+            sums = self._score(model, data, experiment, instructions.surface, device)
+        quarantined = Counter((data.training.quarantined | data.validation.quarantined).values())
+        update = SiteUpdate(
+            self.config.name, instructions.server_round, {}, len(data.training.cases), sums, {}, dict(quarantined)
+        )
+        if not instructions.train:
+            return update
+        require_enough(data.training, data.num_listed, experiment.data)
+        training = self._train(model, data.training.cases, experiment, instructions.server_round, device)
+        delta = subtract(take_weights(model), instructions.weights)
+        return SiteUpdate(update.site, update.server_round, delta, update.num_cases, sums, training, update.quarantined)
+
+    def prepare(self, experiment: Experiment, *, progress: bool = False) -> SiteData:
+        """Split the site's persons and preprocess their cases, once per experiment."""
+        key = experiment.digest()
+        if key not in self._data:
+            cache = Path(self.config.cache)
+            training, validation = split_by_person(self.cohort(), experiment.data.validation_fraction, experiment.seed)
+            self._data[key] = SiteData(
+                prepare_cohort(training, experiment.task, experiment.data, cache, progress=progress),
+                prepare_cohort(validation, experiment.task, experiment.data, cache, progress=progress),
+                len(training.cases),
+            )
+        return self._data[key]
+
+    def cohort(self) -> Cohort:
+        """The site's cases as they lie on disk."""
+        cohort = read_cohort(Path(self.config.data), self.config.person)
+        return cohort if self.config.cases is None else cohort.subset(self.config.cases)
+
+    def _score(
+        self, model: nn.Module, data: SiteData, experiment: Experiment, surface: bool, device: torch.device
+    ) -> dict[str, float]:
+        return evaluate(
+            model,
+            data.validation.cases,
+            experiment.task.structures,
+            experiment.evaluation,
+            experiment.training.patch_size,
+            device=device,
+            precision=experiment.training.precision,
+            surface=surface,
+        ).sums()
+
+    def _train(
+        self, model: nn.Module, cases: tuple[PreparedCase, ...], experiment: Experiment, server_round: int, device: torch.device
+    ) -> dict[str, float]:
+        federation, name = experiment.federation, self.config.name
+        sampler = PatchSampler(cases, experiment.training, derive_seed(experiment.seed, "patches", name))
+        seed_everything(derive_seed(experiment.seed, "training", server_round, name))
+        report = train_locally(
+            model,
+            _epochs(sampler, (server_round - 1) * federation.local_epochs, federation.local_epochs),
+            experiment.training,
+            anchor=anchor_of(model) if federation.proximal_mu else None,
+            proximal_mu=federation.proximal_mu,
+            progress=(server_round - 1) / federation.rounds,
+            device=device,
+        )
+        return {"loss": report.loss, "steps": float(report.steps), "seconds": report.seconds, "data_seconds": report.data_seconds}
+
+
+def answer_safely(site: AnswerRound, name: str, instructions: RoundInstructions) -> Answer:
+    """Ask a site; any error becomes a failure that names the error's class and nothing else.
+
+    This is the one broad `except`: an error's text may hold a patient's file name, so it stays in the local log.
+    """
+    try:
+        return site(instructions)
+    except SiteAbstained as abstention:
+        log.warning("site %s abstains from round %d: %s", name, instructions.server_round, abstention)
+        return SiteFailure(name, instructions.server_round, "abstained", abstention.reason)
+    except Exception as error:
+        log.exception("site %s failed in round %d", name, instructions.server_round)
+        return SiteFailure(name, instructions.server_round, "failed", type(error).__name__)
+
+
+@dataclass(frozen=True)
+class OpenSites:
+    """Opens sites when they are first asked; picklable, so that worker processes can do it.
+
+    Args:
+        configs: the sites.
+    """
+
+    configs: tuple[SiteConfig, ...]
+
+    def __call__(self) -> Callable[[str, RoundInstructions], Answer]:
+        """A function that asks a site by name."""
+        configs = {config.name: config for config in self.configs}
+        opened: dict[str, Site] = {}
+
+        def ask(name: str, instructions: RoundInstructions) -> Answer:
+            if name not in opened:
+                opened[name] = Site(configs[name])
+            return answer_safely(opened[name], name, instructions)
+
+        return ask
+
+
+def start_state(experiment: Experiment) -> ServerState:
+    """The state before round 1: a network freshly initialised from the experiment's seed."""
+    seed_everything(experiment.seed)
+    model = new_model(experiment)
+    return initial_state(experiment, take_weights(model), buffer_names(model))
+
+
+def new_model(experiment: Experiment) -> nn.Module:
+    """The experiment's network."""
+    return build_model(
+        experiment.model.name,
+        preset=experiment.model.preset,
+        in_channels=len(experiment.task.channels),
+        num_labels=experiment.task.num_labels,
+        patch_size=experiment.training.patch_size,
+        deep_supervision=experiment.training.deep_supervision,
+        **experiment.model.options,
+    )
+
+
+@lru_cache(maxsize=2)
+def warm_model(document: str, device: torch.device) -> nn.Module:
+    """A network that stays on its device; every site in this process loads its weights into the same one."""
+    return new_model(_parsed(document)).to(device)
+
+
+@lru_cache(maxsize=4)
+def _parsed(document: str) -> Experiment:
+    return parse_experiment(document)
+
+
+def _epochs(sampler: PatchSampler, first: int, count: int) -> Iterator[Batch]:
+    return chain.from_iterable(sampler.epoch(first + number) for number in range(count))

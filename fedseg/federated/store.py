@@ -1,0 +1,249 @@
+"""The run store: SQLite beside the checkpoints, and the one atomic step that ends a round.
+
+A result directory holds `store.sqlite` and `checkpoints/`. A round ends when its database transaction commits: the row of
+the round names its checkpoint, which was synced and renamed before. A crash before the commit leaves a checkpoint that no
+row names; it is removed when the run is resumed. A crash after the commit loses nothing.
+"""
+
+import json
+import sqlite3
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fedseg.config import Experiment
+from fedseg.errors import StoreError
+from fedseg.federated.checkpoint import load_state, save_state
+from fedseg.federated.faults import reach
+from fedseg.federated.rounds import RoundReport, ServerState
+from fedseg.federated.weights import digest
+
+CHECKPOINTS_KEPT = 2
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS runs (
+    run TEXT PRIMARY KEY, name TEXT NOT NULL, experiment TEXT NOT NULL, digest TEXT NOT NULL,
+    started REAL NOT NULL, finished REAL, resumed INTEGER NOT NULL DEFAULT 0);
+CREATE TABLE IF NOT EXISTS rounds (
+    run TEXT NOT NULL REFERENCES runs, server_round INTEGER NOT NULL, attempts INTEGER NOT NULL, asked TEXT NOT NULL,
+    seconds REAL NOT NULL, finished REAL NOT NULL, checkpoint TEXT NOT NULL, checkpoint_sha256 TEXT NOT NULL,
+    weights_sha256 TEXT NOT NULL, PRIMARY KEY (run, server_round));
+CREATE TABLE IF NOT EXISTS updates (
+    run TEXT NOT NULL REFERENCES runs, server_round INTEGER NOT NULL, site TEXT NOT NULL, status TEXT NOT NULL,
+    reason TEXT, num_cases INTEGER, norm REAL, bytes INTEGER, seconds REAL, training TEXT, quarantined TEXT);
+CREATE TABLE IF NOT EXISTS metrics (
+    run TEXT NOT NULL REFERENCES runs, server_round INTEGER NOT NULL, site TEXT NOT NULL, name TEXT NOT NULL,
+    value REAL NOT NULL, PRIMARY KEY (run, server_round, site, name));
+CREATE TABLE IF NOT EXISTS events (
+    id INTEGER PRIMARY KEY, run TEXT NOT NULL REFERENCES runs, time REAL NOT NULL, kind TEXT NOT NULL,
+    server_round INTEGER, site TEXT, detail TEXT);
+CREATE INDEX IF NOT EXISTS updates_by_round ON updates (run, server_round);
+PRAGMA user_version = 1;
+"""
+
+SiteSums = Mapping[str, Mapping[str, float]]
+"""Metric sums by site."""
+
+
+class RunStore:
+    """One run (`federated`, `pooled`, `local-A`, ...) in a result directory.
+
+    Args:
+        directory: the result directory; made if absent.
+        run: the run's name in it, usable as a file name.
+
+    Raises:
+        StoreError: the directory's database is no run store.
+    """
+
+    def __init__(self, directory: Path, run: str = "federated") -> None:
+        self.directory, self.run = directory, run
+        (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
+        try:
+            self._db = sqlite3.connect(directory / "store.sqlite", timeout=60, isolation_level=None)
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute("PRAGMA synchronous = FULL")
+            if self._db.execute("PRAGMA user_version").fetchone()[0] == 0:
+                self._db.executescript(SCHEMA)
+        except sqlite3.DatabaseError as error:
+            raise StoreError(f"{directory / 'store.sqlite'}: not a run store: {error}") from error
+
+    def close(self) -> None:
+        """Close the database."""
+        self._db.close()
+
+    def begin(self, experiment: Experiment, state: ServerState) -> None:
+        """Record a new run with its initial state.
+
+        Raises:
+            StoreError: the directory holds this run already.
+        """
+        if self._row("SELECT 1 FROM runs WHERE run = ?", self.run):
+            raise StoreError(f"{self.directory}: holds run {self.run!r} already; resume it (--resume) or choose another --output")
+        self._commit(state, _initial_report(), {}, experiment)
+
+    def resume(self, experiment: Experiment) -> ServerState | None:
+        """The state after the last finished round, or None if the run never began.
+
+        Leftovers of a crash are removed. If the newest checkpoint is damaged, the run goes back to the one before it.
+
+        Raises:
+            StoreError: the run belongs to another experiment, or no checkpoint is readable.
+        """
+        row = self._row("SELECT digest, experiment FROM runs WHERE run = ?", self.run)
+        if row is None:
+            return None
+        if row[0] != experiment.digest():
+            changed = _differences(json.loads(row[1]), json.loads(experiment.to_json()))
+            raise StoreError(f"{self.directory}: run {self.run!r} has another experiment; changed: {', '.join(changed)}")
+        state = self._newest_readable_state()
+        self._prune(state.server_round)
+        self._db.execute("UPDATE runs SET resumed = resumed + 1 WHERE run = ?", (self.run,))
+        self.event("resumed", state.server_round)
+        return state
+
+    def commit_round(self, state: ServerState, report: RoundReport, sums: Mapping[str, SiteSums] | None = None) -> None:
+        """End a round: checkpoint, round, updates and metrics in one atomic step.
+
+        Args:
+            state: after the round.
+            report: what happened in it.
+            sums: means of metrics by site, for the weights that the round started from.
+        """
+        self._commit(state, report, sums or {}, None)
+
+    def finish(self, server_round: int, metrics: SiteSums) -> None:
+        """Record the closing evaluation and mark the run as finished."""
+        with self._transaction():
+            self._write_metrics(server_round, metrics)
+            self._db.execute("UPDATE runs SET finished = ? WHERE run = ?", (time.time(), self.run))
+        reach("final-written")
+
+    def is_finished(self) -> bool:
+        """Whether the closing evaluation is in."""
+        return bool(self._row("SELECT 1 FROM runs WHERE run = ? AND finished IS NOT NULL", self.run))
+
+    def event(self, kind: str, server_round: int | None = None, site: str | None = None, detail: str = "") -> None:
+        """Record that something happened."""
+        self._db.execute(
+            "INSERT INTO events (run, time, kind, server_round, site, detail) VALUES (?, ?, ?, ?, ?, ?)",
+            (self.run, time.time(), kind, server_round, site, detail),
+        )
+
+    def metrics(self, name: str) -> dict[int, dict[str, float]]:
+        """One metric by round and site."""
+        query = "SELECT server_round, site, value FROM metrics WHERE run = ? AND name = ? ORDER BY server_round, site"
+        found: dict[int, dict[str, float]] = {}
+        for server_round, site, value in self._db.execute(query, (self.run, name)):
+            found.setdefault(server_round, {})[site] = value
+        return found
+
+    def rows(self, query: str, *values: object) -> list[dict[str, Any]]:
+        """The rows of a read-only query as dicts."""
+        cursor = self._db.execute(query, values)
+        names = [column[0] for column in cursor.description]
+        return [dict(zip(names, row, strict=True)) for row in cursor]
+
+    def checkpoint_path(self, server_round: int) -> Path:
+        """Where the state after a round is kept."""
+        return self.directory / "checkpoints" / f"{self.run}-round-{server_round:04d}.safetensors"
+
+    def _commit(self, state: ServerState, report: RoundReport, metrics: Any, experiment: Experiment | None) -> None:
+        path = self.checkpoint_path(state.server_round)
+        sha256 = save_state(path, state)
+        with self._transaction():
+            if experiment is not None:
+                self._db.execute(
+                    "INSERT INTO runs (run, name, experiment, digest, started) VALUES (?, ?, ?, ?, ?)",
+                    (self.run, experiment.name, experiment.to_json(), experiment.digest(), time.time()),
+                )
+            reach("store-begun")
+            self._db.execute(
+                "INSERT INTO rounds VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (self.run, state.server_round, report.attempts, json.dumps(report.asked), report.seconds, time.time(),
+                 path.name, sha256, digest(state.weights)),
+            )  # fmt: skip
+            self._write_updates(report)
+            for server_round, by_site in metrics.items():
+                self._write_metrics(server_round, by_site)
+            reach("store-written")
+        reach("store-committed")
+        self._prune(state.server_round)
+        reach("checkpoints-pruned")
+
+    def _write_updates(self, report: RoundReport) -> None:
+        insert = "INSERT INTO updates VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+        for update in report.accepted:
+            self._db.execute(
+                insert,
+                (self.run, report.server_round, update.site, "accepted", None, update.num_cases, update.norm,
+                 update.num_bytes, update.seconds, json.dumps(dict(update.training)), json.dumps(dict(update.quarantined))),
+            )  # fmt: skip
+        for failure in report.failures:
+            values = (self.run, report.server_round, failure.site, failure.kind, failure.reason)
+            self._db.execute(insert, (*values, None, None, None, None, None, None))
+
+    def _write_metrics(self, server_round: int, metrics: SiteSums) -> None:
+        for site, values in metrics.items():
+            self._db.executemany(
+                "INSERT OR REPLACE INTO metrics VALUES (?, ?, ?, ?, ?)",
+                [(self.run, server_round, site, name, value) for name, value in values.items()],
+            )
+
+    def _newest_readable_state(self) -> ServerState:
+        query = "SELECT server_round, checkpoint, checkpoint_sha256 FROM rounds WHERE run = ? ORDER BY server_round DESC"
+        problem = ""
+        for server_round, name, sha256 in self._db.execute(query, (self.run,)).fetchall():
+            try:
+                state = load_state(self.directory / "checkpoints" / name, sha256)
+            except StoreError as error:
+                problem = str(error)
+                continue
+            if problem:
+                self._go_back_to(server_round, problem)
+            return state
+        raise StoreError(f"{self.directory}: run {self.run!r} has no readable checkpoint: {problem or 'it has no rounds'}")
+
+    def _go_back_to(self, server_round: int, problem: str) -> None:
+        with self._transaction():
+            for table in ("rounds", "updates"):
+                self._db.execute(f"DELETE FROM {table} WHERE run = ? AND server_round > ?", (self.run, server_round))
+            self._db.execute("DELETE FROM metrics WHERE run = ? AND server_round >= ?", (self.run, server_round))
+            self._db.execute("UPDATE runs SET finished = NULL WHERE run = ?", (self.run,))
+        self.event("went-back", server_round, detail=problem)
+
+    def _prune(self, server_round: int) -> None:
+        kept = {self.checkpoint_path(number).name for number in range(server_round - CHECKPOINTS_KEPT + 1, server_round + 1)}
+        for path in (self.directory / "checkpoints").glob(f"*{self.run}-round-*.safetensors*"):
+            if path.name.lstrip(".").startswith(f"{self.run}-round-") and path.name not in kept:
+                path.unlink(missing_ok=True)
+
+    def _row(self, query: str, *values: object) -> Any:
+        return self._db.execute(query, values).fetchone()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
+
+
+def _initial_report() -> RoundReport:
+    return RoundReport(server_round=0, attempts=0, asked=(), accepted=(), failures=(), seconds=0.0)
+
+
+def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return [] if old == new else [f"{prefix} {old!r} -> {new!r}"]
+    keys = sorted(old.keys() | new.keys())
+    return [
+        line
+        for key in keys
+        for line in _differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
+    ]

@@ -1,0 +1,45 @@
+"""The site file: what a hospital decides. It never leaves the site."""
+
+import os
+from pathlib import Path
+
+from pydantic import Field
+
+from fedseg.config import PositiveInt, Section, load_section
+from fedseg.data.cohort import PersonRule
+
+
+def default_cache() -> str:
+    """Where preprocessed volumes are kept unless the site says otherwise."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return str(Path(base) / "fedseg")
+
+
+class SiteConfig(Section):
+    """One hospital's data and machine."""
+
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """The site's name in the federation; letters, digits, `.`, `_`, `-`."""
+    data: str
+    """Folder with the cases: Decathlon (`dataset.json`), or images and labels."""
+    person: PersonRule = PersonRule()
+    """Which cases belong to one person."""
+    cases: tuple[str, ...] | None = None
+    """Use only the cases with these names; absent: all."""
+    cache: str = Field(default_factory=default_cache)
+    """Folder for preprocessed volumes; they are as confidential as the volumes."""
+    device: str = "auto"
+    """`cpu`, `cuda`, `cuda:1`, ... or `auto`: a GPU if there is one."""
+    threads: PositiveInt = 1
+    """CPU threads for the network. Results are repeatable to the last bit only for the same number."""
+
+
+def load_site(path: Path) -> SiteConfig:
+    """Read a site file; relative folders in it are relative to the file.
+
+    Raises:
+        ConfigError: the file is missing or wrong.
+    """
+    site = load_section(SiteConfig, path)
+    base = path.resolve().parent
+    return site.model_copy(update={"data": str(base / site.data), "cache": str(base / site.cache)})
