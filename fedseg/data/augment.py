@@ -1,0 +1,114 @@
+"""Random changes to training patches, fully determined by the generator that is passed in.
+
+Everything is a few numpy or torch calls on arrays: MONAI's dictionary transforms cost more in bookkeeping than the
+training step of a small network. Only `strong` imports MONAI, for what it does better.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional
+
+Pairs = Sequence[tuple[int, int]]
+Augmentation = Callable[
+    [NDArray[np.float32], NDArray[np.uint8], np.random.Generator], tuple[NDArray[np.float32], NDArray[np.uint8]]
+]
+"""`(image_CDHW, label_DHW, generator)` to a changed image and label of the same shapes."""
+
+
+def build_augmentation(kind: Literal["none", "light", "strong"], mirrored: Pairs = ()) -> Augmentation:
+    """Make the augmentation of an experiment.
+
+    Args:
+        kind: `none`; `light`: left-right flip, intensity scale and shift; `strong`: also rotation, zoom, noise, blur,
+            gamma and low resolution.
+        mirrored: label values that change places in a left-right flip; see `mirror_pairs`.
+    """
+    if kind == "none":
+        return lambda image_CDHW, label_DHW, _: (image_CDHW, label_DHW)
+    if kind == "light":
+        return lambda image_CDHW, label_DHW, generator: _light(image_CDHW, label_DHW, generator, mirrored)
+    return lambda image_CDHW, label_DHW, generator: _strong(image_CDHW, label_DHW, generator, mirrored)
+
+
+def mirror_pairs(labels: dict[str, int]) -> list[tuple[int, int]]:
+    """Label values that a left-right flip must exchange: names that differ in `left` and `right` only."""
+    return [
+        (value, labels[other])
+        for name, value in labels.items()
+        if "left" in name.lower() and (other := name.lower().replace("left", "right")) in labels
+    ]
+
+
+def _light(
+    image: NDArray[np.float32], label: NDArray[np.uint8], generator: np.random.Generator, mirrored: Pairs
+) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+    if generator.random() < 0.5:
+        image, label = image[..., ::-1], _exchange(label[..., ::-1], mirrored)
+    channels = (len(image), 1, 1, 1)
+    scale = generator.uniform(0.9, 1.1, channels).astype(np.float32)
+    shift = generator.uniform(-0.1, 0.1, channels).astype(np.float32)
+    return image * scale + shift, label
+
+
+def _exchange(label: NDArray[np.uint8], mirrored: Pairs) -> NDArray[np.uint8]:
+    if not mirrored:
+        return label
+    table = np.arange(256, dtype=np.uint8)
+    for left, right in mirrored:
+        table[left], table[right] = right, left
+    return table[label]
+
+
+def _strong(
+    image: NDArray[np.float32], label: NDArray[np.uint8], generator: np.random.Generator, mirrored: Pairs
+) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+    if generator.random() < 0.3:
+        image, label = _rotate_and_zoom(image, label, generator)
+    image, label = _light(image, label, generator, mirrored)
+    for change in _intensity_changes():
+        change.set_random_state(seed=int(generator.integers(2**31)))
+        image = np.asarray(change(image), dtype=np.float32)
+    return image, label
+
+
+def _rotate_and_zoom(
+    image: NDArray[np.float32], label: NDArray[np.uint8], generator: np.random.Generator
+) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+    """Rotate by up to 15 degrees about each axis and zoom by up to 20 %, in voxels; the edge is continued outside."""
+    turn = np.eye(3)
+    for axis, angle in enumerate(generator.uniform(-np.pi / 12, np.pi / 12, 3)):
+        one, two = (other for other in range(3) if other != axis)
+        plane = np.eye(3)
+        plane[[one, one, two, two], [one, two, one, two]] = [
+            np.cos(angle),
+            -np.sin(angle),
+            np.sin(angle),
+            np.cos(angle),
+        ]
+        turn = turn @ plane
+    turn = turn / generator.uniform(0.8, 1.2)
+    size_WHD = np.array(image.shape[:0:-1], dtype=np.float64)
+    in_unit_cube = turn * (size_WHD[None, :] / size_WHD[:, None])
+    theta = torch.from_numpy(np.concatenate([in_unit_cube, np.zeros((3, 1))], axis=1)[None].astype(np.float32))
+    grid = functional.affine_grid(theta, [1, 1, *image.shape[1:]], align_corners=False)
+    sample: dict[str, Any] = {"padding_mode": "border", "align_corners": False}
+    turned = functional.grid_sample(torch.from_numpy(np.array(image))[None], grid, mode="bilinear", **sample)
+    labels = torch.from_numpy(np.array(label, dtype=np.float32))[None, None]
+    turned_label = functional.grid_sample(labels, grid, mode="nearest", **sample)
+    return turned[0].numpy(), turned_label[0, 0].numpy().astype(np.uint8)
+
+
+def _intensity_changes() -> list[Any]:
+    """nnU-Net's intensity augmentations with its probabilities, as MONAI transforms on arrays."""
+    from monai import transforms
+
+    return [
+        transforms.RandGaussianNoise(prob=0.15, std=0.1),
+        transforms.RandGaussianSmooth(prob=0.2, sigma_x=(0.5, 1.0), sigma_y=(0.5, 1.0), sigma_z=(0.5, 1.0)),
+        transforms.RandAdjustContrast(prob=0.3, gamma=(0.7, 1.5), retain_stats=True),
+        transforms.RandSimulateLowResolution(prob=0.25, zoom_range=(0.5, 1.0)),
+    ]
