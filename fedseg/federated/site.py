@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
@@ -131,6 +131,26 @@ class Site:
         return {"loss": report.loss, "steps": float(report.steps), "seconds": report.seconds, "data_seconds": report.data_seconds}
 
 
+class PooledSite(Site):
+    """All sites' cases in one place, each in the part (training, validation) that it has at its own site.
+
+    The yardstick that hospitals cannot have; only a simulation can make it.
+    """
+
+    NAME = "pooled"
+
+    def __init__(self, sites: Sequence[Site]) -> None:
+        super().__init__(sites[0].config.model_copy(update={"name": self.NAME}))
+        self._sites = tuple(sites)
+
+    def prepare(self, experiment: Experiment, *, progress: bool = False) -> SiteData:
+        """Join what the sites prepare."""
+        parts = [site.prepare(experiment, progress=progress) for site in self._sites]
+        return SiteData(
+            _join([part.training for part in parts]), _join([part.validation for part in parts]), sum(part.num_listed for part in parts)
+        )
+
+
 def answer_safely(site: AnswerRound, name: str, instructions: RoundInstructions) -> Answer:
     """Ask a site; any error becomes a failure that names the error's class and nothing else.
 
@@ -198,6 +218,11 @@ def warm_model(document: str, device: torch.device) -> nn.Module:
 @lru_cache(maxsize=4)
 def _parsed(document: str) -> Experiment:
     return parse_experiment(document)
+
+
+def _join(cohorts: Sequence[PreparedCohort]) -> PreparedCohort:
+    cases = tuple(case for cohort in cohorts for case in cohort.cases)
+    return PreparedCohort(cases, {name: reason for cohort in cohorts for name, reason in cohort.quarantined.items()})
 
 
 def _epochs(sampler: PatchSampler, first: int, count: int) -> Iterator[Batch]:

@@ -1,0 +1,299 @@
+"""A scenario: an experiment, and the hospitals that a researcher imagines on one machine."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from fedseg.config import Experiment, Fraction, PositiveFloat, PositiveInt, Section, load_section, read_toml, validate_section
+from fedseg.data.cohort import Case, Cohort, PersonRule, read_cohort, split_by_person
+from fedseg.data.phantom import PhantomConfig, write_phantoms
+from fedseg.errors import ConfigError
+from fedseg.federated.rounds import derive_seed
+from fedseg.site.config import SiteConfig, default_cache
+
+SITE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+
+
+class SimulatedSite(Section):
+    """A site with a folder of its own, or with phantoms of its own."""
+
+    name: str = Field(pattern=SITE_NAME)
+    data: str | None = None
+    """Folder with the site's cases."""
+    phantom: PhantomConfig | None = None
+    """Makes the site's cases: its patients, and its scanner."""
+    person: PersonRule = PersonRule()
+
+    @model_validator(mode="after")
+    def _has_one_source(self) -> Self:
+        if (self.data is None) == (self.phantom is None):
+            raise ValueError(f"site {self.name!r} needs either data or phantom")
+        return self
+
+
+class Partition(Section):
+    """How the persons of one data set are dealt out to sites; a person never goes to two."""
+
+    scheme: Literal["list", "sizes", "lognormal", "dirichlet"]
+    """`list`: by name of case; `sizes`: random, in given proportions; `lognormal`: random, of log-normal size;
+    `dirichlet`: skewed by the share of foreground in a case."""
+    sites: PositiveInt | None = None
+    """Number of sites, for `lognormal` and `dirichlet`."""
+    names: tuple[Annotated[str, Field(pattern=SITE_NAME)], ...] | None = None
+    """Names of the sites; absent: A, B, C, ..."""
+    sizes: tuple[PositiveFloat, ...] | None = None
+    """Relative sizes, for `sizes`."""
+    sigma: PositiveFloat = 0.6
+    """Spread of the sizes, for `lognormal`."""
+    alpha: PositiveFloat = 0.5
+    """Concentration, for `dirichlet`: 100 is even, 0.3 is very skewed."""
+    minimum: PositiveInt = 3
+    """Fewest persons at a site."""
+    lists: dict[str, tuple[str, ...]] | None = None
+    """Names of cases by site, for `list`."""
+
+    @model_validator(mode="after")
+    def _scheme_has_its_settings(self) -> Self:
+        needed = {"list": "lists", "sizes": "sizes", "lognormal": "sites", "dirichlet": "sites"}[self.scheme]
+        if getattr(self, needed) is None:
+            raise ValueError(f"scheme {self.scheme!r} needs {needed}")
+        if self.names is not None and (len(self.names) != self.count or len(set(self.names)) != len(self.names)):
+            raise ValueError(f"names must be {self.count} different names, got {list(self.names)}")
+        return self
+
+    @property
+    def count(self) -> int:
+        """Number of sites."""
+        return len(self.lists or self.sizes or ()) or self.sites or 0
+
+    @property
+    def site_names(self) -> tuple[str, ...]:
+        """Names of the sites."""
+        if self.lists is not None:
+            return tuple(self.lists)
+        return self.names or tuple(chr(ord("A") + index) if self.count <= 26 else f"S{index + 1:03d}" for index in range(self.count))
+
+
+class Source(Section):
+    """One data set, dealt out to sites."""
+
+    data: str
+    """Folder; environment variables such as `${FEDSEG_HIPPOCAMPUS}` are filled in."""
+    person: PersonRule = PersonRule()
+    test_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """Share of persons kept aside from every site; all final models are scored on them."""
+    test_seed: int = 0
+    """Decides who they are, whatever the experiment's seed."""
+    partition: Partition
+
+
+class Scenario(Section):
+    """A federation to simulate."""
+
+    experiment: Experiment
+    """In the file: a path to an experiment's TOML, or the experiment as a table."""
+    sites: tuple[SimulatedSite, ...] = ()
+    """Sites with cases of their own; either these or `source`."""
+    source: Source | None = None
+    methods: dict[Annotated[str, Field(pattern=SITE_NAME)], dict[str, Any]] = {"federated": {}}
+    """Runs to compare: name, and what replaces settings of `federation` (or, as `training.x`, of `training`)."""
+    baselines: tuple[Literal["pooled", "local"], ...] = ("pooled", "local")
+    """What else is trained, with the same number of passes over the cases."""
+
+    @model_validator(mode="after")
+    def _has_sites(self) -> Self:
+        if bool(self.sites) == (self.source is not None):
+            raise ValueError("a scenario needs either [[sites]] or [source]")
+        names = [site.name for site in self.sites]
+        if len(set(names)) != len(names):
+            raise ValueError(f"every site needs a name of its own, got {names}")
+        if not self.methods or {"pooled", "local"} & set(self.methods) or any(name.startswith("local-") for name in self.methods):
+            raise ValueError("methods needs at least one name, none of them pooled or local")
+        for name in self.methods:
+            self.experiment_of(name)
+        return self
+
+    def experiment_of(self, method: str) -> Experiment:
+        """The experiment with a method's settings in it.
+
+        Raises:
+            ConfigError: a setting does not exist or does not fit.
+        """
+        document = self.experiment.model_dump(mode="json")
+        for key, value in self.methods.get(method, {}).items():
+            section, _, name = key.rpartition(".")
+            document[section or "federation"][name] = value
+        return validate_section(Experiment, json.dumps(document), source=f"methods.{method}")
+
+
+def load_scenario(path: Path, *, seed: int | None = None, rounds: int | None = None) -> Scenario:
+    """Read a scenario; paths in it are relative to its file.
+
+    Args:
+        path: the TOML file.
+        seed: replaces the experiment's seed.
+        rounds: replaces the experiment's number of rounds.
+
+    Raises:
+        ConfigError: the file or its experiment is wrong.
+    """
+    document = read_toml(path)
+    if isinstance(document.get("experiment"), str):
+        document["experiment"] = read_toml(path.parent / document["experiment"])
+    if isinstance(document.get("experiment"), dict):
+        if seed is not None:
+            document["experiment"]["seed"] = seed
+        if rounds is not None:
+            document["experiment"].setdefault("federation", {})["rounds"] = rounds
+    scenario = validate_section(Scenario, json.dumps(document, default=str), source=str(path))
+    base = path.resolve().parent
+    updates: dict[str, Any] = {}
+    if scenario.source is not None:
+        updates["source"] = scenario.source.model_copy(update={"data": str(base / _expand(scenario.source.data, path))})
+    updates["sites"] = tuple(
+        site.model_copy(update={"data": str(base / _expand(site.data, path))}) if site.data else site for site in scenario.sites
+    )
+    return scenario.model_copy(update=updates)
+
+
+class Layout(Section):
+    """Who has which cases in a simulation."""
+
+    sites: tuple[SiteConfig, ...]
+    """Every site with its cases for training and validation."""
+    test: SiteConfig | None = None
+    """Cases that no site has; absent: models are scored on the sites' validation cases."""
+
+
+def lay_out(scenario: Scenario, output: Path, *, device: str = "cpu", threads: int = 1, progress: bool = False) -> Layout:
+    """Make the phantoms, or deal out the data set.
+
+    Args:
+        scenario: what to simulate.
+        output: the result directory; phantoms go to `output/data/<site>`.
+        device: for all sites.
+        threads: for all sites.
+        progress: show a bar.
+
+    Raises:
+        DataError: a folder holds no cohort.
+        ConfigError: there are too few persons for the partition.
+    """
+    common: dict[str, Any] = {"cache": default_cache(), "device": device, "threads": threads}
+    if scenario.source is None:
+        return Layout(sites=tuple(_own_folder(site, output, common, progress) for site in scenario.sites))
+    source = scenario.source
+    cohort = read_cohort(Path(source.data), source.person)
+    rest, test = split_by_person(cohort, source.test_fraction, source.test_seed)
+    shares = deal_out(rest, source.partition, scenario.experiment.seed)
+    common |= {"data": source.data, "person": source.person}
+    return Layout(
+        sites=tuple(SiteConfig(name=name, cases=cases, **common) for name, cases in shares.items()),
+        test=SiteConfig(name="test", cases=tuple(case.name for case in test.cases), **common) if test.cases else None,
+    )
+
+
+def deal_out(cohort: Cohort, partition: Partition, seed: int) -> dict[str, tuple[str, ...]]:
+    """Deal out the persons of a cohort.
+
+    Returns:
+        Names of cases by site.
+
+    Raises:
+        ConfigError: a listed case does not exist or its person is at two sites, or there are too few persons.
+    """
+    persons = cohort.persons()
+    if partition.scheme == "list":
+        assert partition.lists is not None
+        return _listed(cohort, partition.lists)
+    if len(persons) < partition.count * partition.minimum:
+        raise ConfigError(
+            f"{cohort.root}: {len(persons)} persons are too few for {partition.count} sites of at least {partition.minimum}; "
+            "set partition.minimum or partition.sites lower"
+        )
+    generator = np.random.default_rng(derive_seed(seed, "partition"))
+    names = sorted(persons)
+    if partition.scheme == "dirichlet":
+        groups = _dirichlet(names, [_foreground(persons[name]) for name in names], partition, generator)
+    else:
+        sizes = partition.sizes or generator.lognormal(0.0, partition.sigma, partition.count)
+        order = generator.permutation(len(names))
+        bounds = np.cumsum([0, *_counts(sizes, len(names), partition.minimum)])
+        groups = [[names[index] for index in order[low:high]] for low, high in zip(bounds, bounds[1:], strict=False)]
+    return {
+        site: tuple(sorted(case.name for person in group for case in persons[person]))
+        for site, group in zip(partition.site_names, groups, strict=True)
+    }
+
+
+def _own_folder(site: SimulatedSite, output: Path, common: dict[str, Any], progress: bool) -> SiteConfig:
+    folder = Path(site.data) if site.data else output / "data" / site.name
+    if site.phantom is not None and not (folder / "dataset.json").exists():
+        write_phantoms(folder, site.phantom, progress=progress)
+    return SiteConfig(name=site.name, data=str(folder), person=site.person, **common)
+
+
+def _expand(data: str, path: Path) -> str:
+    expanded = os.path.expandvars(data)
+    if "$" in expanded:
+        raise ConfigError(f"{path}: data = {data!r} needs an environment variable that is not set; set it to the folder")
+    return str(Path(expanded).expanduser())
+
+
+def _listed(cohort: Cohort, lists: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    persons = {case.name: case.person for case in cohort.cases}
+    owner: dict[str, str] = {}
+    for site, names in lists.items():
+        for name in names:
+            if name not in persons:
+                raise ConfigError(f"partition.lists.{site}: {cohort.root} has no case {name!r}")
+            if owner.setdefault(persons[name], site) != site:
+                raise ConfigError(f"partition.lists: case {name!r} puts one person at two sites, {owner[persons[name]]} and {site}")
+    return lists
+
+
+def _counts(sizes: Any, total: int, minimum: int) -> list[int]:
+    """Whole numbers in proportion to `sizes`, at least `minimum` each, with the given total."""
+    shares = np.asarray(sizes, float) / np.sum(sizes)
+    counts = np.maximum(minimum, np.floor(shares * total)).astype(int)
+    while counts.sum() != total:
+        gap = shares * total - counts
+        if counts.sum() < total:
+            counts[int(np.argmax(gap))] += 1
+        else:
+            counts[int(np.argmin(np.where(counts > minimum, gap, math.inf)))] -= 1
+    return [int(count) for count in counts]
+
+
+def _dirichlet(names: list[str], foreground: list[float], partition: Partition, generator: np.random.Generator) -> list[list[str]]:
+    """Tertiles of foreground share, each dealt out in Dirichlet proportions; then sites below the minimum take from the largest."""
+    groups: list[list[str]] = [[] for _ in range(partition.count)]
+    for tertile in np.array_split(np.argsort(foreground, kind="stable"), 3):
+        members = generator.permutation(tertile)
+        bounds = np.cumsum([0, *_counts(generator.dirichlet([partition.alpha] * partition.count), len(members), 0)])
+        for group, low, high in zip(groups, bounds, bounds[1:], strict=False):
+            group.extend(names[index] for index in members[low:high])
+    for group in groups:
+        while len(group) < partition.minimum:
+            group.append(max(groups, key=len).pop())
+    return groups
+
+
+def _foreground(cases: tuple[Case, ...]) -> float:
+    """Mean share of labelled voxels in a person's readable cases; 0 if none is."""
+    from fedseg.data.volume import read_label
+    from fedseg.errors import CaseError
+
+    shares = []
+    for case in cases:
+        if case.label is not None:
+            try:
+                shares.append(float(np.mean(read_label(case.label).array > 0)))
+            except CaseError:
+                continue
+    return float(np.mean(shares)) if shares else 0.0

@@ -1,0 +1,182 @@
+"""Scores of final models on test cases, and the figures that compare methods: R, W and G."""
+
+import csv
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedseg.config import Experiment
+from fedseg.data.preprocess import PreparedCase, prepare_cohort
+from fedseg.device import pick_device
+from fedseg.evaluation import evaluate
+from fedseg.federated.site import Site
+from fedseg.federated.store import RunStore
+from fedseg.metrics import bootstrap_ci
+from fedseg.model_file import load_model_file
+from fedseg.scenario import Layout, Scenario
+from fedseg.site.config import SiteConfig
+
+
+@dataclass(frozen=True)
+class CaseRow:
+    """One structure of one test case, segmented by one model. For simulations: it names cases."""
+
+    run: str
+    """The model's run."""
+    site: str
+    """The site whose test case it is, or whose view of a shared test case."""
+    case: str
+    person: str
+    label: str
+    dice: float
+    hd95: float
+    """In mm."""
+    surface_dice: float
+    volume_predicted: float
+    """In mm³."""
+    volume_reference: float
+    """In mm³."""
+
+
+def score_model(model_file: Path, run: str, experiment: Experiment, sites: Sequence[SiteConfig], test: SiteConfig | None) -> list[CaseRow]:
+    """Score one model on the test cases of several sites.
+
+    Args:
+        model_file: the model.
+        run: its name in the rows.
+        experiment: says how cases are prepared.
+        sites: whose test cases to use: the shared ones if there are any, else the site's own validation cases.
+        test: the shared test cases.
+    """
+    torch.set_num_threads(sites[0].threads)
+    _, model = load_model_file(model_file)
+    shared = _score(model, experiment, _all_cases(test, experiment), test.device) if test else {}
+    rows = []
+    for site in sites:
+        scores = shared or _score(model, experiment, Site(site).prepare(experiment).validation.cases, site.device)
+        rows += [CaseRow(run, site.name, *key, *astuple(score)) for key, score in scores.items()]
+    return rows
+
+
+def write_scores(path: Path, rows: Iterable[CaseRow]) -> None:
+    """Write rows as CSV."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(field.name for field in fields(CaseRow))
+        writer.writerows(astuple(row) for row in rows)
+
+
+def read_scores(path: Path) -> list[CaseRow]:
+    """Read the rows of `write_scores`."""
+    with path.open(newline="") as file:
+        return [
+            CaseRow(**{field.name: field.type(row[field.name]) for field in fields(CaseRow)})  # type: ignore[operator,misc]
+            for row in csv.DictReader(file)
+        ]
+
+
+def summarise(scenario: Scenario, layout: Layout, rows: Sequence[CaseRow], output: Path) -> dict[str, Any]:
+    """What `result.json` holds: final scores by method, site and label, and R, W, G of each federated method.
+
+    `R` is the mean over sites of the federated Dice over that of the pooled model; `W` the largest deficit of a site
+    against pooled, in Dice points (0.01); `G` the smallest gain of a site over its own local model, in points.
+    """
+    experiment = scenario.experiment
+    groups: dict[str, list[CaseRow]] = {method: [row for row in rows if row.run == method] for method in scenario.methods}
+    if "pooled" in scenario.baselines:
+        groups["pooled"] = [row for row in rows if row.run == "pooled"]
+    if "local" in scenario.baselines:
+        groups["local"] = [row for row in rows if row.run == f"local-{row.site}"]
+    final = {name: summary(group) for name, group in groups.items()}
+    final.setdefault("federated", final[next(iter(scenario.methods))])
+    return {
+        "name": experiment.name,
+        "seed": experiment.seed,
+        "experiment_digest": experiment.digest(),
+        "rounds": experiment.federation.rounds,
+        "model": {"name": experiment.model.name, "preset": experiment.model.preset},
+        "test": "shared persons that no site has" if layout.test else "each site's validation cases",
+        "sites": {site.name: _site_counts(site, experiment) for site in layout.sites},
+        "final": final,
+        "headline": {method: headline(final, method) for method in scenario.methods},
+        "traffic": {method: _traffic(output, method) for method in scenario.methods},
+    }
+
+
+def summary(rows: Sequence[CaseRow]) -> dict[str, Any]:
+    """Means over a group of rows; the Dice of a site is unweighted over its cases and labels, the mean over sites too."""
+    sites = {site: mean(row.dice for row in rows if row.site == site) for site in dict.fromkeys(row.site for row in rows)}
+    persons: dict[str, list[float]] = {}
+    for row in rows:
+        persons.setdefault(row.person, []).append(row.dice)
+    worst = min(sites, key=lambda site: sites[site])
+    labels = dict.fromkeys(row.label for row in rows)
+    return {
+        "dice_mean": mean(sites.values()),
+        "dice_ci95": list(bootstrap_ci(persons)),
+        "dice_worst_site": sites[worst],
+        "worst_site": worst,
+        "sites": sites,
+        "labels": {label: mean(row.dice for row in rows if row.label == label) for label in labels},
+        "hd95_mm": mean(row.hd95 for row in rows),
+        "surface_dice": mean(row.surface_dice for row in rows),
+        "cases": len({(row.site, row.case) for row in rows}),
+    }
+
+
+def headline(final: dict[str, Any], method: str) -> dict[str, float | None]:
+    """R as a share, W and G in Dice points; None without the baseline that they need."""
+    sites = final[method]["sites"]
+    pooled, local = (final[name]["sites"] if name in final else None for name in ("pooled", "local"))
+    return {
+        "R": mean(sites.values()) / mean(pooled.values()) if pooled else None,
+        "W": 100 * max(pooled[site] - dice for site, dice in sites.items()) if pooled else None,
+        "G": 100 * min(dice - local[site] for site, dice in sites.items()) if local else None,
+    }
+
+
+def mean(values: Iterable[float]) -> float:
+    """Mean of the values that are not NaN; NaN of none."""
+    known = [value for value in values if not math.isnan(value)]
+    return math.fsum(known) / len(known) if known else math.nan
+
+
+def _score(model: Any, experiment: Experiment, cases: Sequence[PreparedCase], device: str) -> dict[tuple[str, str, str], Any]:
+    evaluation = evaluate(
+        model,
+        cases,
+        experiment.task.structures,
+        experiment.evaluation,
+        experiment.training.patch_size,
+        device=pick_device(device),
+        precision=experiment.training.precision,
+        surface=True,
+    )
+    return {(case.name, case.person, label): score for case in evaluation.cases for label, score in case.labels.items()}
+
+
+def _all_cases(site: SiteConfig, experiment: Experiment) -> Sequence[PreparedCase]:
+    return prepare_cohort(Site(site).cohort(), experiment.task, experiment.data, Path(site.cache)).cases
+
+
+def _site_counts(site: SiteConfig, experiment: Experiment) -> dict[str, Any]:
+    data = Site(site).prepare(experiment)
+    quarantined = sorted((data.training.quarantined | data.validation.quarantined).values())
+    return {
+        "training_cases": len(data.training.cases),
+        "validation_cases": len(data.validation.cases),
+        "quarantined": {reason: quarantined.count(reason) for reason in dict.fromkeys(quarantined)},
+    }
+
+
+def _traffic(output: Path, run: str) -> dict[str, float]:
+    store = RunStore(output, run)
+    try:
+        row = store.rows("SELECT COALESCE(SUM(bytes), 0) AS up, COUNT(*) AS n FROM updates WHERE run = ? AND status = 'accepted'", run)[0]
+        return {"megabytes_up": row["up"] / 1e6, "updates": row["n"]}
+    finally:
+        store.close()
