@@ -46,7 +46,7 @@ class Case(Protocol):
 
     @property
     def label(self) -> Any:
-        """`(D, H, W)`, label values."""
+        """`(D, H, W)`, label values; not None."""
 
     @property
     def spacing(self) -> Sequence[float]:
@@ -175,6 +175,8 @@ def evaluate(
     scores: list[CaseScore] = []
     with evaluating(model):
         for case in cases:
+            if case.label is None:
+                raise ValueError(f"{case.name} has no label and cannot be scored")
             prediction = predict_label(
                 model,
                 case.image,

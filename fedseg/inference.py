@@ -4,7 +4,8 @@ Windows overlap and are blended with a Gaussian, as in nnU-Net (Isensee et al. 2
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,9 +13,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional
 
 from fedseg.device import Precision, autocast
+
+Forward = Callable[[Tensor], Tensor]
 
 MAX_VOXELS_ON_GPU = 2**24
 """Larger volumes (about 256³) gather their logits in main memory, window by window."""
@@ -34,8 +36,8 @@ def predict_logits(
 ) -> Tensor:
     """Logits of a whole volume.
 
-    A volume smaller than the patch is padded with zeros on both sides, so that the network sees the field of view that
-    it was trained on; the padding is cut off again.
+    A volume shorter than the patch is padded on both sides, so that the network sees the field of view that it was trained
+    on; the padding is cut off again.
 
     Args:
         model: on `device` already; run in evaluation mode, its modes are restored afterwards.
@@ -101,7 +103,7 @@ def _all_flips() -> list[tuple[int, ...]]:
 
 
 def _one_view(
-    forward: Any,
+    forward: Forward,
     image_1CDHW: Tensor,
     patch_size: tuple[int, ...],
     overlap: float,
@@ -109,13 +111,14 @@ def _one_view(
     batch_size: int,
 ) -> Tensor:
     size = tuple(image_1CDHW.shape[2:])
-    if all(length <= patch for length, patch in zip(size, patch_size, strict=True)):
-        return _one_pass(forward, image_1CDHW.to(device), patch_size).cpu()
+    padded_1CDHW, inside = pad_to_patch(image_1CDHW, patch_size)
+    if tuple(padded_1CDHW.shape[2:]) == patch_size:
+        return forward(padded_1CDHW.to(device))[inside].cpu()
     from monai.inferers import sliding_window_inference  # here, since importing MONAI takes a second or two
 
-    gather_on = device if size[0] * size[1] * size[2] <= MAX_VOXELS_ON_GPU else torch.device("cpu")
+    gather_on = device if math.prod(size) <= MAX_VOXELS_ON_GPU else torch.device("cpu")
     logits: Tensor = sliding_window_inference(
-        image_1CDHW,
+        padded_1CDHW,
         roi_size=patch_size,
         sw_batch_size=batch_size,
         predictor=forward,
@@ -124,14 +127,21 @@ def _one_view(
         sw_device=device,
         device=gather_on,
     )
-    return logits.cpu()
+    return logits[inside].cpu()
 
 
-def _one_pass(forward: Any, image_1CDHW: Tensor, patch_size: tuple[int, ...]) -> Tensor:
-    size = image_1CDHW.shape[2:]
-    before = [(patch - length) // 2 for length, patch in zip(size, patch_size, strict=True)]
-    after = [patch - length - first for length, patch, first in zip(size, patch_size, before, strict=True)]
-    padding = [amount for pair in zip(reversed(before), reversed(after), strict=True) for amount in pair]
-    logits: Tensor = forward(functional.pad(image_1CDHW, padding))
-    inside = tuple(slice(first, first + length) for first, length in zip(before, size, strict=True))
-    return logits[(slice(None), slice(None), *inside)]
+def pad_to_patch(image_1CDHW: Tensor, patch_size: Sequence[int]) -> tuple[Tensor, tuple[slice, ...]]:
+    """Grow a volume to the patch on both sides, with each channel's smallest value (air) as in training patches.
+
+    Returns:
+        The volume, no shorter than the patch on any axis, and where the original lies in it, batch and channels included.
+    """
+    size = tuple(image_1CDHW.shape[2:])
+    grown = tuple(max(length, patch) for length, patch in zip(size, patch_size, strict=True))
+    starts = [(wide - length) // 2 for length, wide in zip(size, grown, strict=True)]
+    inside = (slice(None), slice(None), *(slice(at, at + length) for at, length in zip(starts, size, strict=True)))
+    if grown == size:
+        return image_1CDHW, inside
+    padded = image_1CDHW.amin(dim=(2, 3, 4), keepdim=True).expand(-1, -1, *grown).clone()
+    padded[inside] = image_1CDHW
+    return padded, inside

@@ -51,7 +51,9 @@ def load_model_file(path: Path) -> tuple[Experiment, nn.Module]:
         weights = load_tensors(data)
         experiment = parse_experiment(header["experiment"])
     except FileNotFoundError:
-        raise ModelError(f"{path}: no such model file; `fedseg simulate` and `fedseg train` write one to models/") from None
+        raise ModelError(
+            f"{path}: no such model file; `fedseg simulate` and `fedseg train` write one to models/"
+        ) from None
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{path}: not a fedseg model file: {type(error).__name__}: {error}") from error
     model = new_model(experiment)

@@ -9,7 +9,14 @@ from typing import Annotated, Any, Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from fedseg.config import Experiment, Fraction, PositiveFloat, PositiveInt, Section, load_section, read_toml, validate_section
+from fedseg.config import (
+    Experiment,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    read_toml,
+    validate_section,
+)
 from fedseg.data.cohort import Case, Cohort, PersonRule, read_cohort, split_by_person
 from fedseg.data.phantom import PhantomConfig, write_phantoms
 from fedseg.errors import ConfigError
@@ -76,7 +83,9 @@ class Partition(Section):
         """Names of the sites."""
         if self.lists is not None:
             return tuple(self.lists)
-        return self.names or tuple(chr(ord("A") + index) if self.count <= 26 else f"S{index + 1:03d}" for index in range(self.count))
+        return self.names or tuple(
+            chr(ord("A") + index) if self.count <= 26 else f"S{index + 1:03d}" for index in range(self.count)
+        )
 
 
 class Source(Section):
@@ -112,7 +121,11 @@ class Scenario(Section):
         names = [site.name for site in self.sites]
         if len(set(names)) != len(names):
             raise ValueError(f"every site needs a name of its own, got {names}")
-        if not self.methods or {"pooled", "local"} & set(self.methods) or any(name.startswith("local-") for name in self.methods):
+        if (
+            not self.methods
+            or {"pooled", "local"} & set(self.methods)
+            or any(name.startswith("local-") for name in self.methods)
+        ):
             raise ValueError("methods needs at least one name, none of them pooled or local")
         for name in self.methods:
             self.experiment_of(name)
@@ -156,7 +169,8 @@ def load_scenario(path: Path, *, seed: int | None = None, rounds: int | None = N
     if scenario.source is not None:
         updates["source"] = scenario.source.model_copy(update={"data": str(base / _expand(scenario.source.data, path))})
     updates["sites"] = tuple(
-        site.model_copy(update={"data": str(base / _expand(site.data, path))}) if site.data else site for site in scenario.sites
+        site.model_copy(update={"data": str(base / _expand(site.data, path))}) if site.data else site
+        for site in scenario.sites
     )
     return scenario.model_copy(update=updates)
 
@@ -170,7 +184,9 @@ class Layout(Section):
     """Cases that no site has; absent: models are scored on the sites' validation cases."""
 
 
-def lay_out(scenario: Scenario, output: Path, *, device: str = "cpu", threads: int = 1, progress: bool = False) -> Layout:
+def lay_out(
+    scenario: Scenario, output: Path, *, device: str = "cpu", threads: int = 1, progress: bool = False
+) -> Layout:
     """Make the phantoms, or deal out the data set.
 
     Args:
@@ -241,7 +257,9 @@ def _own_folder(site: SimulatedSite, output: Path, common: dict[str, Any], progr
 def _expand(data: str, path: Path) -> str:
     expanded = os.path.expandvars(data)
     if "$" in expanded:
-        raise ConfigError(f"{path}: data = {data!r} needs an environment variable that is not set; set it to the folder")
+        raise ConfigError(
+            f"{path}: data = {data!r} needs an environment variable that is not set; set it to the folder"
+        )
     return str(Path(expanded).expanduser())
 
 
@@ -253,7 +271,9 @@ def _listed(cohort: Cohort, lists: dict[str, tuple[str, ...]]) -> dict[str, tupl
             if name not in persons:
                 raise ConfigError(f"partition.lists.{site}: {cohort.root} has no case {name!r}")
             if owner.setdefault(persons[name], site) != site:
-                raise ConfigError(f"partition.lists: case {name!r} puts one person at two sites, {owner[persons[name]]} and {site}")
+                raise ConfigError(
+                    f"partition.lists: case {name!r} puts one person at two sites, {owner[persons[name]]} and {site}"
+                )
     return lists
 
 
@@ -270,7 +290,9 @@ def _counts(sizes: Any, total: int, minimum: int) -> list[int]:
     return [int(count) for count in counts]
 
 
-def _dirichlet(names: list[str], foreground: list[float], partition: Partition, generator: np.random.Generator) -> list[list[str]]:
+def _dirichlet(
+    names: list[str], foreground: list[float], partition: Partition, generator: np.random.Generator
+) -> list[list[str]]:
     """Tertiles of foreground share, each dealt out in Dirichlet proportions; then sites below the minimum take from the largest."""
     groups: list[list[str]] = [[] for _ in range(partition.count)]
     for tertile in np.array_split(np.argsort(foreground, kind="stable"), 3):

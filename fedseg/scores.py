@@ -42,7 +42,9 @@ class CaseRow:
     """In mm³."""
 
 
-def score_model(model_file: Path, run: str, experiment: Experiment, sites: Sequence[SiteConfig], test: SiteConfig | None) -> list[CaseRow]:
+def score_model(
+    model_file: Path, run: str, experiment: Experiment, sites: Sequence[SiteConfig], test: SiteConfig | None
+) -> list[CaseRow]:
     """Score one model on the test cases of several sites.
 
     Args:
@@ -86,7 +88,9 @@ def summarise(scenario: Scenario, layout: Layout, rows: Sequence[CaseRow], outpu
     against pooled, in Dice points (0.01); `G` the smallest gain of a site over its own local model, in points.
     """
     experiment = scenario.experiment
-    groups: dict[str, list[CaseRow]] = {method: [row for row in rows if row.run == method] for method in scenario.methods}
+    groups: dict[str, list[CaseRow]] = {
+        method: [row for row in rows if row.run == method] for method in scenario.methods
+    }
     if "pooled" in scenario.baselines:
         groups["pooled"] = [row for row in rows if row.run == "pooled"]
     if "local" in scenario.baselines:
@@ -109,7 +113,9 @@ def summarise(scenario: Scenario, layout: Layout, rows: Sequence[CaseRow], outpu
 
 def summary(rows: Sequence[CaseRow]) -> dict[str, Any]:
     """Means over a group of rows; the Dice of a site is unweighted over its cases and labels, the mean over sites too."""
-    sites = {site: mean(row.dice for row in rows if row.site == site) for site in dict.fromkeys(row.site for row in rows)}
+    sites = {
+        site: mean(row.dice for row in rows if row.site == site) for site in dict.fromkeys(row.site for row in rows)
+    }
     persons: dict[str, list[float]] = {}
     for row in rows:
         persons.setdefault(row.person, []).append(row.dice)
@@ -145,7 +151,9 @@ def mean(values: Iterable[float]) -> float:
     return math.fsum(known) / len(known) if known else math.nan
 
 
-def _score(model: Any, experiment: Experiment, cases: Sequence[PreparedCase], device: str) -> dict[tuple[str, str, str], Any]:
+def _score(
+    model: Any, experiment: Experiment, cases: Sequence[PreparedCase], device: str
+) -> dict[tuple[str, str, str], Any]:
     evaluation = evaluate(
         model,
         cases,
@@ -176,7 +184,10 @@ def _site_counts(site: SiteConfig, experiment: Experiment) -> dict[str, Any]:
 def _traffic(output: Path, run: str) -> dict[str, float]:
     store = RunStore(output, run)
     try:
-        row = store.rows("SELECT COALESCE(SUM(bytes), 0) AS up, COUNT(*) AS n FROM updates WHERE run = ? AND status = 'accepted'", run)[0]
+        row = store.rows(
+            "SELECT COALESCE(SUM(bytes), 0) AS up, COUNT(*) AS n FROM updates WHERE run = ? AND status = 'accepted'",
+            run,
+        )[0]
         return {"megabytes_up": row["up"] / 1e6, "updates": row["n"]}
     finally:
         store.close()

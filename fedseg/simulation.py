@@ -65,7 +65,9 @@ class Machine:
     engine: Engine = "local"
 
 
-def simulate(scenario: Scenario, output: Path, machine: Machine, *, resume: bool = False, show: Show | None = None) -> dict[str, object]:
+def simulate(
+    scenario: Scenario, output: Path, machine: Machine, *, resume: bool = False, show: Show | None = None
+) -> dict[str, object]:
     """Run a scenario into a result directory.
 
     Args:
@@ -85,18 +87,34 @@ def simulate(scenario: Scenario, output: Path, machine: Machine, *, resume: bool
     show = show or Silent()
     begun = time.monotonic()
     if not resume and (output / "store.sqlite").exists():
-        raise StoreError(f"{output} holds results already; add --resume to go on, --overwrite to discard them, or choose another --output")
+        raise StoreError(
+            f"{output} holds results already; add --resume to go on, --overwrite to discard them, or choose another --output"
+        )
     output.mkdir(parents=True, exist_ok=True)
     layout = _prepared(scenario, output, machine, show)
     (output / "scenario.json").write_text(scenario.model_dump_json(indent=2) + "\n")
     for method in scenario.methods:
         with _fleet(layout.sites, machine) as fleet:
-            _run(scenario.experiment_of(method), method, output, fleet, resume, lambda event, run=method: show.event(run, event))
+            _run(
+                scenario.experiment_of(method),
+                method,
+                output,
+                fleet,
+                resume,
+                lambda event, run=method: show.event(run, event),
+            )
     jobs = _baselines(scenario, layout)
     _run_baselines(jobs, scenario, output, machine, resume, show)
-    models = {method: scenario.experiment_of(method) for method in scenario.methods} | {job.run: scenario.experiment for job in jobs}
+    models = {method: scenario.experiment_of(method) for method in scenario.methods} | {
+        job.run: scenario.experiment for job in jobs
+    }
     for run, experiment in models.items():
-        save_model_file(output / "models" / f"{run}.safetensors", experiment, _final_state(output, run).weights, f"{scenario.experiment.name}/{run}")
+        save_model_file(
+            output / "models" / f"{run}.safetensors",
+            experiment,
+            _final_state(output, run).weights,
+            f"{scenario.experiment.name}/{run}",
+        )
     rows = _score_all(models, layout, output, machine, show)
     write_scores(output / "scores.csv", rows)
     result = summarise(scenario, layout, rows, output) | {"seconds": round(time.monotonic() - begun, 1)}
@@ -194,7 +212,9 @@ def _run_baseline(job: _Baseline, output: Path, resume: bool) -> None:
     _run(job.experiment, job.run, output, InProcessFleet([job.site_name], job.ask()), resume, lambda event: None)
 
 
-def _run_baselines(jobs: list[_Baseline], scenario: Scenario, output: Path, machine: Machine, resume: bool, show: Show) -> None:
+def _run_baselines(
+    jobs: list[_Baseline], scenario: Scenario, output: Path, machine: Machine, resume: bool, show: Show
+) -> None:
     rounds = scenario.experiment.federation.rounds
 
     def watch() -> None:
@@ -210,7 +230,9 @@ def _run_baselines(jobs: list[_Baseline], scenario: Scenario, output: Path, mach
         store.close()
 
 
-def _score_all(models: dict[str, Experiment], layout: Layout, output: Path, machine: Machine, show: Show) -> list[CaseRow]:
+def _score_all(
+    models: dict[str, Experiment], layout: Layout, output: Path, machine: Machine, show: Show
+) -> list[CaseRow]:
     """Score every model on the test cases of every site where it counts."""
     calls = []
     for run, experiment in models.items():
@@ -228,7 +250,9 @@ def _score_all(models: dict[str, Experiment], layout: Layout, output: Path, mach
     return rows
 
 
-def _in_parallel(calls: Sequence[tuple[Callable[..., object], tuple[object, ...]]], workers: int, watch: Callable[[], None]) -> list[object]:
+def _in_parallel(
+    calls: Sequence[tuple[Callable[..., object], tuple[object, ...]]], workers: int, watch: Callable[[], None]
+) -> list[object]:
     """The results of calls, in order, made in worker processes; `watch` is called twice a second."""
     if workers <= 1:
         results = []
@@ -260,7 +284,9 @@ def _in_parallel(calls: Sequence[tuple[Callable[..., object], tuple[object, ...]
 def _final_state(output: Path, run: str) -> ServerState:
     store = RunStore(output, run)
     try:
-        row = store.rows("SELECT checkpoint, checkpoint_sha256 FROM rounds WHERE run = ? ORDER BY server_round DESC LIMIT 1", run)[0]
+        row = store.rows(
+            "SELECT checkpoint, checkpoint_sha256 FROM rounds WHERE run = ? ORDER BY server_round DESC LIMIT 1", run
+        )[0]
         return load_state(output / "checkpoints" / row["checkpoint"], row["checkpoint_sha256"])
     finally:
         store.close()

@@ -159,7 +159,11 @@ def add_proximal_gradient(weights: Sequence[Tensor], anchors: Sequence[Tensor], 
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight)
     gradients = [weight.grad for weight in weights if weight.grad is not None]
-    torch._foreach_add_(gradients, torch._foreach_sub(list(weights), list(anchors)), alpha=proximal_mu)
+    if gradients and gradients[0].is_cuda:  # a few launches for all parameters
+        torch._foreach_add_(gradients, torch._foreach_sub(list(weights), list(anchors)), alpha=proximal_mu)
+        return
+    for weight, gradient, anchor in zip(weights, gradients, anchors, strict=True):  # one small temporary at a time
+        gradient.add_(weight - anchor, alpha=proximal_mu)
 
 
 def use_channels_last(model: nn.Module) -> None:

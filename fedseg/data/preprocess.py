@@ -111,7 +111,7 @@ def prepare_case(case: Case, task: TaskConfig, config: DataConfig) -> PreparedCa
     volume = _read_channels(case.images, task, config)
     label = read_label(case.label, config.orientation)
     require_same_grid(volume.geometry, label.geometry, f"{case.name}: image and label")
-    require_known_labels(np.unique(label.array), task, case.name)
+    require_known_labels(np.unique(label.array), task.labels, case.name)
     image, geometry = _prepare(volume, config)
     prepared = resample_label(_crop(label.array, geometry.box).astype(np.uint8), geometry.shape)
     foreground = _sample_foreground(prepared)
@@ -206,15 +206,15 @@ def require_enough(prepared: PreparedCohort, total_cases: int, config: DataConfi
         )
 
 
-def require_known_labels(values: NDArray[Any], task: TaskConfig, where: str) -> None:
-    """Check a segmentation's distinct values against the task.
+def require_known_labels(values: NDArray[Any], labels: Mapping[str, int], where: str) -> None:
+    """Check a segmentation's distinct values against the label names that are expected.
 
     Raises:
-        CaseError: a value that the task does not name, or background only.
+        CaseError: a value without a name, or background only.
     """
-    unknown = sorted(set(values.tolist()) - set(task.labels.values()))
+    unknown = sorted(set(values.tolist()) - set(labels.values()))
     if unknown:
-        raise CaseError(Reason.UNKNOWN_LABEL, f"{where}: label values {unknown}, the task has {task.labels}")
+        raise CaseError(Reason.UNKNOWN_LABEL, f"{where}: label values {unknown}, known are {dict(labels)}")
     if not any(values):
         raise CaseError(Reason.EMPTY_LABEL, f"{where}: the label is background only")
 

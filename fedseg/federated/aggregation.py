@@ -45,7 +45,9 @@ class StreamingMean:
         """
         largest = weight * max((float(np.max(np.abs(array), initial=0.0)) for array in delta.values()), default=0.0)
         if not self._largest + largest < LARGEST_SUM:
-            raise UpdateRefused("too-large", f"update of {site}: values up to {largest / weight:g} cannot be added exactly")
+            raise UpdateRefused(
+                "too-large", f"update of {site}: values up to {largest / weight:g} cannot be added exactly"
+            )
         self._largest += largest
         self._total += weight
         scale = math.ldexp(weight, FRACTION_BITS)
@@ -65,7 +67,9 @@ class StreamingMean:
     def result(self) -> Weights:
         """The weighted mean of everything that was folded in."""
         step = 1.0 / (self._total * 2.0**FRACTION_BITS)
-        return {name: (total * step).astype(np.float32).reshape(self._shapes[name]) for name, total in self._sums.items()}
+        return {
+            name: (total * step).astype(np.float32).reshape(self._shapes[name]) for name, total in self._sums.items()
+        }
 
 
 class RobustMean:

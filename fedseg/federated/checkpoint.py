@@ -66,7 +66,9 @@ def load_state(path: Path, sha256: str | None = None) -> ServerState:
             kind, _, tensor = name.partition("/")
             groups.setdefault(kind, {})[tensor] = array
         if header["format"] != FORMAT:
-            raise StoreError(f"{path}: checkpoint format {header['format']} is not {FORMAT}; use the release that wrote it")
+            raise StoreError(
+                f"{path}: checkpoint format {header['format']} is not {FORMAT}; use the release that wrote it"
+            )
         return ServerState(
             experiment_digest=header["experiment_digest"],
             server_round=header["server_round"],

@@ -32,7 +32,9 @@ class Fleet(Protocol):
     def sites(self) -> Sequence[str]:
         """Names of the sites that can be asked now."""
 
-    def exchange(self, instructions: RoundInstructions, sites: Sequence[str], deadline: float | None) -> Iterator[Answer]:
+    def exchange(
+        self, instructions: RoundInstructions, sites: Sequence[str], deadline: float | None
+    ) -> Iterator[Answer]:
         """Ask sites and yield their answers as they arrive.
 
         Args:
@@ -98,7 +100,9 @@ def run_federation(
         observe(Event("finished-round", state.server_round, report=report, scores=scores))
     if not store.is_finished():
         closing = final_instructions(state, document)
-        answers = [answer for answer in fleet.exchange(closing, sorted(fleet.sites()), None) if isinstance(answer, SiteUpdate)]
+        answers = [
+            answer for answer in fleet.exchange(closing, sorted(fleet.sites()), None) if isinstance(answer, SiteUpdate)
+        ]
         scores = _scores(answers)
         store.finish(state.server_round, scores)
         observe(Event("finished", state.server_round, scores=scores))
@@ -154,7 +158,11 @@ def _run_round(
 
 
 def _accept(
-    answer: SiteUpdate, state: ServerState, experiment: Experiment, fold: Callable[[str, Weights, int], None], seconds: float
+    answer: SiteUpdate,
+    state: ServerState,
+    experiment: Experiment,
+    fold: Callable[[str, Weights, int], None],
+    seconds: float,
 ) -> AcceptedUpdate | SiteFailure:
     try:
         size = screen(answer, state.server_round + 1, state.weights, state.norms, experiment.federation.screening)
@@ -162,14 +170,25 @@ def _accept(
     except UpdateRefused as refusal:
         return SiteFailure(answer.site, state.server_round + 1, "refused", refusal.reason)
     return AcceptedUpdate(
-        answer.site, answer.num_cases, size, num_bytes(answer.delta), seconds, answer.sums, answer.training, answer.quarantined
+        answer.site,
+        answer.num_cases,
+        size,
+        num_bytes(answer.delta),
+        seconds,
+        answer.sums,
+        answer.training,
+        answer.quarantined,
     )
 
 
 def _without_delta(answer: Answer) -> SiteUpdate:
     assert isinstance(answer, SiteUpdate)
-    return SiteUpdate(answer.site, answer.server_round, {}, answer.num_cases, answer.sums, answer.training, answer.quarantined)
+    return SiteUpdate(
+        answer.site, answer.server_round, {}, answer.num_cases, answer.sums, answer.training, answer.quarantined
+    )
 
 
 def _scores(answers: Sequence[SiteUpdate]) -> dict[str, dict[str, float]]:
-    return {answer.site: means(answer.sums) for answer in sorted(answers, key=lambda answer: answer.site) if answer.sums}
+    return {
+        answer.site: means(answer.sums) for answer in sorted(answers, key=lambda answer: answer.site) if answer.sums
+    }

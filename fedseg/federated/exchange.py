@@ -17,7 +17,9 @@ from fedseg.federated.weights import FloatArray, Weights
 
 def take_weights(model: nn.Module) -> Weights:
     """Copies of a network's exchanged tensors."""
-    return {name: np.array(tensor.detach().cpu().float().numpy(), np.float32) for name, tensor in _exchanged(model).items()}
+    return {
+        name: np.array(tensor.detach().cpu().float().numpy(), np.float32) for name, tensor in _exchanged(model).items()
+    }
 
 
 def put_weights(model: nn.Module, weights: Mapping[str, FloatArray]) -> None:
@@ -32,7 +34,9 @@ def put_weights(model: nn.Module, weights: Mapping[str, FloatArray]) -> None:
     with torch.no_grad():
         for name, tensor in tensors.items():
             if tuple(tensor.shape) != weights[name].shape:
-                raise ModelError(f"the weights are of another network: {name} has shape {weights[name].shape}, not {tuple(tensor.shape)}")
+                raise ModelError(
+                    f"the weights are of another network: {name} has shape {weights[name].shape}, not {tuple(tensor.shape)}"
+                )
             tensor.copy_(torch.from_numpy(np.ascontiguousarray(weights[name])))
 
 

@@ -4,7 +4,7 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -31,7 +31,9 @@ class InProcessFleet:
         """All sites."""
         return self._sites
 
-    def exchange(self, instructions: RoundInstructions, sites: Sequence[str], deadline: float | None) -> Iterator[Answer]:
+    def exchange(
+        self, instructions: RoundInstructions, sites: Sequence[str], deadline: float | None
+    ) -> Iterator[Answer]:
         """Ask the sites in turn; those not reached before the deadline are late."""
         begun = time.monotonic()
         for site in sites:
@@ -68,7 +70,11 @@ class WorkerFleet:
     """
 
     def __init__(
-        self, sites: Sequence[str], make_ask: Callable[[], Ask], workers: int, preload: Sequence[str] = ("fedseg.federated.site",)
+        self,
+        sites: Sequence[str],
+        make_ask: Callable[[], Ask],
+        workers: int,
+        preload: Sequence[str] = ("fedseg.federated.site",),
     ) -> None:
         self._sites, self._make_ask = tuple(sites), make_ask
         self._context = multiprocessing.get_context("forkserver")
@@ -79,7 +85,9 @@ class WorkerFleet:
         """All sites."""
         return self._sites
 
-    def exchange(self, instructions: RoundInstructions, sites: Sequence[str], deadline: float | None) -> Iterator[Answer]:
+    def exchange(
+        self, instructions: RoundInstructions, sites: Sequence[str], deadline: float | None
+    ) -> Iterator[Answer]:
         """Spread the sites over the workers; a worker that is busy at the deadline is ended and replaced."""
         end = None if deadline is None else time.monotonic() + deadline
         data, waiting = instructions.encode(), list(sites)

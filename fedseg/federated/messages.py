@@ -111,7 +111,14 @@ class SiteUpdate:
         Raises:
             MessageError: a field is missing, unknown or of the wrong type.
         """
-        types = {"site": str, "server_round": int, "num_cases": int, "sums": dict, "training": dict, "quarantined": dict}
+        types = {
+            "site": str,
+            "server_round": int,
+            "num_cases": int,
+            "sums": dict,
+            "training": dict,
+            "quarantined": dict,
+        }
         _check_fields("update", header, types)
         for key in ("sums", "training"):
             if any(isinstance(value, bool) or not isinstance(value, int | float) for value in header[key].values()):

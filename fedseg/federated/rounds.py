@@ -125,7 +125,9 @@ def apply_round(state: ServerState, joined: Weights, norms: Sequence[float], con
     return replace(state, server_round=state.server_round + 1, weights=weights, moments=moments, norms=kept)
 
 
-def _server_step(state: ServerState, joined: Weights, config: FederationConfig) -> tuple[Weights, Mapping[str, Weights]]:
+def _server_step(
+    state: ServerState, joined: Weights, config: FederationConfig
+) -> tuple[Weights, Mapping[str, Weights]]:
     """What is added to the weights, and the optimizer's next state.
 
     FedAvgM: Hsu et al., arXiv 1909.06335. FedAdam: Reddi et al., arXiv 2003.00295, with tau = 1e-3 and without bias

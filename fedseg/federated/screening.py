@@ -14,7 +14,9 @@ from fedseg.federated.weights import Weights, norm
 MAX_CASES = 1_000_000
 
 
-def screen(update: SiteUpdate, server_round: int, weights: Weights, norms: Sequence[float], config: ScreeningConfig) -> float:
+def screen(
+    update: SiteUpdate, server_round: int, weights: Weights, norms: Sequence[float], config: ScreeningConfig
+) -> float:
     """Check one update against the global weights that it started from.
 
     Args:

@@ -114,7 +114,12 @@ class Site:
         ).sums()
 
     def _train(
-        self, model: nn.Module, cases: tuple[PreparedCase, ...], experiment: Experiment, server_round: int, device: torch.device
+        self,
+        model: nn.Module,
+        cases: tuple[PreparedCase, ...],
+        experiment: Experiment,
+        server_round: int,
+        device: torch.device,
     ) -> dict[str, float]:
         federation, name = experiment.federation, self.config.name
         sampler = PatchSampler(cases, experiment.training, derive_seed(experiment.seed, "patches", name))
@@ -128,7 +133,12 @@ class Site:
             progress=(server_round - 1) / federation.rounds,
             device=device,
         )
-        return {"loss": report.loss, "steps": float(report.steps), "seconds": report.seconds, "data_seconds": report.data_seconds}
+        return {
+            "loss": report.loss,
+            "steps": float(report.steps),
+            "seconds": report.seconds,
+            "data_seconds": report.data_seconds,
+        }
 
 
 class PooledSite(Site):
@@ -147,7 +157,9 @@ class PooledSite(Site):
         """Join what the sites prepare."""
         parts = [site.prepare(experiment, progress=progress) for site in self._sites]
         return SiteData(
-            _join([part.training for part in parts]), _join([part.validation for part in parts]), sum(part.num_listed for part in parts)
+            _join([part.training for part in parts]),
+            _join([part.validation for part in parts]),
+            sum(part.num_listed for part in parts),
         )
 
 

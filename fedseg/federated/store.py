@@ -81,7 +81,9 @@ class RunStore:
             StoreError: the directory holds this run already.
         """
         if self._row("SELECT 1 FROM runs WHERE run = ?", self.run):
-            raise StoreError(f"{self.directory}: holds run {self.run!r} already; resume it (--resume) or choose another --output")
+            raise StoreError(
+                f"{self.directory}: holds run {self.run!r} already; resume it (--resume) or choose another --output"
+            )
         self._commit(state, _initial_report(), {}, experiment)
 
     def resume(self, experiment: Experiment) -> ServerState | None:
@@ -97,7 +99,9 @@ class RunStore:
             return None
         if row[0] != experiment.digest():
             changed = _differences(json.loads(row[1]), json.loads(experiment.to_json()))
-            raise StoreError(f"{self.directory}: run {self.run!r} has another experiment; changed: {', '.join(changed)}")
+            raise StoreError(
+                f"{self.directory}: run {self.run!r} has another experiment; changed: {', '.join(changed)}"
+            )
         state = self._newest_readable_state()
         self._prune(state.server_round)
         self._db.execute("UPDATE runs SET resumed = resumed + 1 WHERE run = ?", (self.run,))
@@ -193,7 +197,9 @@ class RunStore:
             )
 
     def _newest_readable_state(self) -> ServerState:
-        query = "SELECT server_round, checkpoint, checkpoint_sha256 FROM rounds WHERE run = ? ORDER BY server_round DESC"
+        query = (
+            "SELECT server_round, checkpoint, checkpoint_sha256 FROM rounds WHERE run = ? ORDER BY server_round DESC"
+        )
         problem = ""
         for server_round, name, sha256 in self._db.execute(query, (self.run,)).fetchall():
             try:
@@ -204,7 +210,9 @@ class RunStore:
             if problem:
                 self._go_back_to(server_round, problem)
             return state
-        raise StoreError(f"{self.directory}: run {self.run!r} has no readable checkpoint: {problem or 'it has no rounds'}")
+        raise StoreError(
+            f"{self.directory}: run {self.run!r} has no readable checkpoint: {problem or 'it has no rounds'}"
+        )
 
     def _go_back_to(self, server_round: int, problem: str) -> None:
         with self._transaction():
@@ -215,7 +223,9 @@ class RunStore:
         self.event("went-back", server_round, detail=problem)
 
     def _prune(self, server_round: int) -> None:
-        kept = {self.checkpoint_path(number).name for number in range(server_round - CHECKPOINTS_KEPT + 1, server_round + 1)}
+        kept = {
+            self.checkpoint_path(number).name for number in range(server_round - CHECKPOINTS_KEPT + 1, server_round + 1)
+        }
         for path in (self.directory / "checkpoints").glob(f"*{self.run}-round-*.safetensors*"):
             if path.name.lstrip(".").startswith(f"{self.run}-round-") and path.name not in kept:
                 path.unlink(missing_ok=True)
@@ -243,7 +253,5 @@ def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
         return [] if old == new else [f"{prefix} {old!r} -> {new!r}"]
     keys = sorted(old.keys() | new.keys())
     return [
-        line
-        for key in keys
-        for line in _differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
+        line for key in keys for line in _differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
     ]

@@ -16,7 +16,23 @@ _SLOW_BELOW = 20480
 
 def is_channels_last(x: Tensor) -> bool:
     """Whether the channels of `(B, C, ...)` are next to each other in memory."""
-    return x.stride(1) == 1 and x.dim() > 3
+    return x.stride(1) == 1
+
+
+def in_channels_last(x: Tensor) -> Tensor:
+    """The same values with neighbouring channels.
+
+    Unlike `contiguous(memory_format=...)`, this also sets the strides of a single channel, which later layers look at.
+    """
+    x = x.movedim(1, -1)
+    return x.reshape(-1).view(x.shape).movedim(-1, 1)
+
+
+def like(y: Tensor, x: Tensor) -> Tensor:
+    """`y` in the layout of `x`; convolutions of a single channel lose it."""
+    if is_channels_last(y) == is_channels_last(x):
+        return y
+    return in_channels_last(y) if is_channels_last(x) else y.contiguous()
 
 
 class Conv3d(nn.Conv3d):
@@ -28,8 +44,8 @@ class Conv3d(nn.Conv3d):
     def forward(self, x_BCDHW: Tensor) -> Tensor:
         """Convolve `(B, C, D, H, W)`."""
         if not torch.compiler.is_compiling() and _takes_the_slow_path(x_BCDHW):
-            return _convolve_halves(x_BCDHW, self.weight)
-        return super().forward(x_BCDHW)
+            return like(_convolve_halves(x_BCDHW, self.weight), x_BCDHW)
+        return like(super().forward(x_BCDHW), x_BCDHW)
 
 
 class Pointwise(nn.Module):
@@ -46,7 +62,7 @@ class Pointwise(nn.Module):
         super().__init__()
         convolution = (nn.Conv2d if dims == 2 else nn.Conv3d)(in_channels, out_channels, 1, bias=bias)
         self.weight = convolution.weight
-        self.register_parameter("bias", convolution.bias)
+        self.bias = convolution.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix the channels of `(B, C, ...)`."""

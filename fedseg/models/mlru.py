@@ -31,8 +31,8 @@ What was wrong with the released code, and what is done here:
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from functools import lru_cache
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import lru_cache, partial
 from typing import Literal
 
 import torch
@@ -40,10 +40,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from fedseg.layers.conv import Conv3d, Pointwise, is_channels_last, mix_channels
+from fedseg.layers.conv import Conv3d, Pointwise, in_channels_last, is_channels_last, like, mix_channels
+from fedseg.layers.norm import Norm, make_norm
 from fedseg.layers.padding import Size, crop, margin_for, pad
 
-Norm = Literal["batch", "instance", "group"]
 MemoryFormat = Literal["auto", "contiguous", "channels_last"]
 
 
@@ -174,23 +174,29 @@ class MLRUPlusPlus(nn.Module):
         """Features at full resolution, then of every level but the coarsest, finest first."""
         x, skips = image_BCDHW, []
         for down, blocks in zip(self.downs, self.encoder, strict=True):
-            x = down(x)
-            for block in blocks:
-                x = self._run(block, x)
+            x = like(down(x), x)
+            x = self._run_all(blocks, x)
             skips.append(x)
         features: list[Tensor] = []
         for level in reversed(range(len(self.decoder))):
             x = self.ups[level + 1](x) + skips[level]
-            for block in self.decoder[level]:  # type: ignore[attr-defined]
-                x = self._run(block, x)
+            x = self._run_all(self.decoder[level], x)
             features.insert(0, x)
         x = self.ups[0](x) + self._run(self.skip, image_BCDHW)
         return [self._run(self.last, x), *features]
 
+    def _run_all(self, blocks: Iterable[nn.Module], x: Tensor) -> Tensor:
+        for block in blocks:
+            x = self._run(block, x)
+        return x
+
     def _run(self, block: nn.Module, x: Tensor) -> Tensor:
         if not (self.checkpoint_activations and self.training and torch.is_grad_enabled()):
-            return block(x)  # type: ignore[no-any-return]
-        return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _statistics_kept(block)))  # type: ignore[no-any-return]
+            y: Tensor = block(x)
+            return y
+        contexts = partial(_recomputation, block)
+        y = checkpoint(block, x, use_reentrant=False, context_fn=contexts)
+        return y
 
     def _as_laid_out(self, image_BCDHW: Tensor) -> Tensor:
         """Choose the memory layout; everything behind follows its input."""
@@ -199,8 +205,7 @@ class MLRUPlusPlus(nn.Module):
         )
         if not last:
             return image_BCDHW.contiguous()
-        # not `.contiguous(memory_format=...)`: one channel would keep its strides, and convolutions look at them
-        return image_BCDHW.movedim(1, -1).contiguous().movedim(-1, 1)
+        return in_channels_last(image_BCDHW)
 
 
 class Block(nn.Module):
@@ -268,7 +273,8 @@ class FoldedAttention(nn.Module):
         """
         batch, *grid, channels = x_BDHWC.shape
         if self.gate.dims == 3:
-            return self.scales(self.gate(_laid_out(x_BDHWC, channels_last)))  # type: ignore[no-any-return]
+            z_BCDHW: Tensor = self.scales(self.gate(_laid_out(x_BDHWC, channels_last)))
+            return z_BCDHW
         tokens = math.prod(grid)
         height, width, tail = fold_shape(tokens)
         x_BNC = F.pad(x_BDHWC.reshape(batch, tokens, channels), (0, 0, 0, tail))
@@ -331,7 +337,8 @@ class LCBAM(nn.Module):
         mean = z.mean(dim=tuple(range(2, z.dim())), keepdim=True) / filled
         z = self.dropout(z * torch.sigmoid(self.excite(F.relu(self.squeeze(mean)))))
         maps = torch.cat([z.mean(dim=1, keepdim=True), z.amax(dim=1, keepdim=True)], dim=1)
-        return self.dropout(z * torch.sigmoid(self.spatial(maps)))  # type: ignore[no-any-return]
+        gated: Tensor = self.dropout(z * torch.sigmoid(self.spatial(maps)))
+        return gated
 
 
 class M2B(nn.Module):
@@ -366,7 +373,8 @@ class M2B(nn.Module):
         branches = (
             F.relu6(norm(_depthwise(scale, wide))) for scale, norm in zip(self.scales, self.scale_norms, strict=True)
         )
-        return z + self.reduce_norm(mix_channels(sum_of(branches), self._shuffled_weight()))  # type: ignore[no-any-return]
+        context: Tensor = self.reduce_norm(mix_channels(sum_of(branches), self._shuffled_weight()))
+        return z + context
 
     def _shuffled_weight(self) -> Tensor:
         """The reducing weights for unshuffled channels.
@@ -375,14 +383,15 @@ class M2B(nn.Module):
         small matrix, so the columns are permuted instead of the features.
         """
         weight = self.reduce.weight
-        return weight.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
+        return weight.reshape(weight.shape[0], 2, -1).transpose(1, 2).reshape(weight.shape)
 
 
 def _depthwise(convolution: nn.Module, x: Tensor) -> Tensor:
-    weight = convolution.weight
+    weight = convolution.get_parameter("weight")
     if weight.shape[-1] == 1:  # one weight per channel: a product, much cheaper than a convolution
         return x * weight.view(1, -1, *[1] * (x.dim() - 2))
-    return convolution(x)  # type: ignore[no-any-return]
+    y: Tensor = convolution(x)
+    return y
 
 
 class ResidualConv(nn.Module):
@@ -413,17 +422,8 @@ class ResidualConv(nn.Module):
         return F.leaky_relu(y + shortcut, 0.01, inplace=True)
 
 
-def make_norm(kind: Norm | None, channels: int, dims: int = 3) -> nn.Module:
-    """A normalisation layer; None is instance norm without parameters.
-
-    Instance norm is a group norm of one channel per group: the same function, but PyTorch's own is slower and, on a CPU
-    with a batch of one, gives wrong gradients for channels-last tensors.
-    """
-    if kind is None:
-        return nn.GroupNorm(channels, channels, affine=False)
-    if kind == "batch":
-        return (nn.BatchNorm2d if dims == 2 else nn.BatchNorm3d)(channels)
-    return nn.GroupNorm(channels if kind == "instance" else max(1, channels // 4), channels)
+def _recomputation(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    return nullcontext(), _statistics_kept(block)
 
 
 @contextmanager

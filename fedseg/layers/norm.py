@@ -1,0 +1,50 @@
+"""Normalisation layers by name."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedseg.layers.conv import is_channels_last
+
+Norm = Literal["batch", "instance", "group"]
+
+
+class InstanceNorm(nn.Module):
+    """Instance norm `(B, C, ...)` without running statistics.
+
+    PyTorch's own gives wrong gradients on a CPU for a channels-last batch of one, and its group norm is slow there in that
+    layout. So each sample takes the path of a batch norm of its own, which is right and fast.
+
+    Args:
+        channels: C.
+        affine: learn a scale and a shift.
+    """
+
+    def __init__(self, channels: int, *, affine: bool) -> None:
+        super().__init__()
+        self.channels = channels
+        self.weight = nn.Parameter(torch.ones(channels)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(channels)) if affine else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise each channel of each sample."""
+        if torch.compiler.is_compiling() or x.device.type != "cpu" or not is_channels_last(x):
+            return F.group_norm(x, self.channels, self.weight, self.bias)
+        samples = [F.batch_norm(one, None, None, self.weight, self.bias, training=True) for one in x.split(1)]
+        return samples[0] if len(samples) == 1 else torch.cat(samples)
+
+
+def make_norm(kind: Norm | None, channels: int, dims: int = 3) -> nn.Module:
+    """A normalisation layer of images (`dims=2`) or volumes; None is instance norm without parameters.
+
+    Groups have four channels.
+    """
+    if kind is None:
+        return InstanceNorm(channels, affine=False)
+    if kind == "instance":
+        return InstanceNorm(channels, affine=True)
+    if kind == "batch":
+        return (nn.BatchNorm2d if dims == 2 else nn.BatchNorm3d)(channels)
+    return nn.GroupNorm(max(1, channels // 4), channels)
