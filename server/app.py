@@ -1,0 +1,96 @@
+"""The ServerApp: reads an experiment, waits for the sites, and runs the rounds into a run directory.
+
+Run configuration (`flwr run . --run-config 'experiment="..." resume=true'`):
+
+    experiment      path of a TOML file: absolute on the coordinator's machine, or relative to the shipped bundle
+    run-directory   result directory; empty: `runs/<name of the experiment>` where the SuperLink was started
+    resume          go on with what the run directory holds
+    wait-for-sites  so many sites must be connected before round 1; 0: the experiment's quorum
+    wait-seconds    how long to wait for them, and for the quorum in later rounds
+"""
+
+import logging
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedseg.config import load_experiment
+from fedseg.federated.driver import Event, run_federation
+from fedseg.federated.messages import SiteFailure
+from fedseg.federated.site import start_state
+from fedseg.federated.store import RunStore
+from fedseg.flower import FlowerFleet
+from fedseg.model_file import save_model_file
+
+RUN = "federated"
+
+log = logging.getLogger("fedseg.server")
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run an experiment, or go on with it."""
+    _log_to_console()
+    settings = context.run_config
+    bundle = Path(__file__).resolve().parents[1]
+    experiment = load_experiment(bundle / str(settings["experiment"]))
+    directory = Path(str(settings["run-directory"]) or f"runs/{experiment.name}").resolve()
+    quorum = experiment.federation.min_sites
+    fleet = FlowerFleet(grid, min_sites=quorum, patience=float(settings["wait-seconds"]))
+    log.info("experiment %s, results go to %s", experiment.name, directory)
+    store = RunStore(directory, RUN)
+    try:
+        sites = fleet.wait_for(max(quorum, int(settings["wait-for-sites"])))
+        log.info("%d sites are connected: %s", len(sites), ", ".join(sites))
+        state = run_federation(
+            experiment,
+            fleet,
+            store,
+            lambda: start_state(experiment),
+            resume=bool(settings["resume"]),
+            observe=_tell,
+        )
+    finally:
+        store.close()
+    path = directory / "models" / f"{RUN}.safetensors"
+    save_model_file(path, experiment, state.weights, f"{experiment.name}/{RUN}")
+    log.info("done; the model is %s", path)
+
+
+def _tell(event: Event) -> None:
+    if isinstance(event.answer, SiteFailure):
+        failure = event.answer
+        log.warning("round %d: %s %s (%s)", event.server_round, failure.site, failure.kind, failure.reason)
+    if event.report is not None:
+        report = event.report
+        log.info(
+            "round %d: %d of %d sites in %.1f s, %d cases%s",
+            event.server_round,
+            len(report.accepted),
+            len(report.asked),
+            report.seconds,
+            sum(update.num_cases for update in report.accepted),
+            _dice(event, "received"),
+        )
+    if event.kind == "finished":
+        log.info("final weights%s", _dice(event, "final"))
+
+
+def _dice(event: Event, which: str) -> str:
+    """Mean over sites and structures, for the log."""
+    values = [
+        value for scores in (event.scores or {}).values() for name, value in scores.items() if name.startswith("dice/")
+    ]
+    return f", mean Dice of the {which} weights {sum(values) / len(values):.3f}" if values else ""
+
+
+def _log_to_console() -> None:
+    logger = logging.getLogger("fedseg")
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
