@@ -178,7 +178,12 @@ def _prepared(scenario: Scenario, output: Path, machine: Machine, show: Show) ->
 @contextmanager
 def _fleet(sites: Sequence[SiteConfig], machine: Machine) -> Iterator[Fleet]:
     names, opener = [site.name for site in sites], OpenSites(tuple(sites))
-    if machine.workers <= 1:
+    if machine.engine == "flower":
+        from fedseg.engines import ray_fleet  # Flower is slow to import, and Ray is an extra
+
+        with ray_fleet(sites, machine.workers) as fleet:
+            yield fleet
+    elif machine.workers <= 1:
         yield InProcessFleet(names, opener())
     else:
         with WorkerFleet(names, opener, machine.workers) as fleet:
