@@ -29,7 +29,7 @@ def save_model_file(path: Path, experiment: Experiment, weights: Weights, origin
     """
     header = {"format": 1, "version": __version__, "origin": origin, "experiment": experiment.to_json()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {name: np.ascontiguousarray(array) for name, array in weights.items()}
+    tensors = {name: np.asarray(array, order="C") for name, array in weights.items()}
     write_durably(path, save_tensors(tensors, metadata={"fedseg-model": json.dumps(header)}))
 
 

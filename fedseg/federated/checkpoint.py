@@ -35,9 +35,9 @@ def save_state(path: Path, state: ServerState) -> str:
         "buffers": sorted(state.buffers),
         "norms": [value.hex() for value in state.norms],
     }
-    tensors = {f"weights/{name}": np.ascontiguousarray(array) for name, array in state.weights.items()}
+    tensors = {f"weights/{name}": np.asarray(array, order="C") for name, array in state.weights.items()}
     for kind, moment in state.moments.items():
-        tensors |= {f"{kind}/{name}": np.ascontiguousarray(array) for name, array in moment.items()}
+        tensors |= {f"{kind}/{name}": np.asarray(array, order="C") for name, array in moment.items()}
     data = save_tensors(tensors, metadata={"fedseg": json.dumps(header)})
     reach("checkpoint-begun")
     write_durably(path, data)

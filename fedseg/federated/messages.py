@@ -149,7 +149,7 @@ Answer = SiteUpdate | SiteFailure
 
 def _encode(kind: str, header: Mapping[str, Any], tensors: Weights) -> bytes:
     document = {"format": FORMAT, "version": __version__, "kind": kind, **header}
-    contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    contiguous = {name: np.asarray(array, order="C") for name, array in tensors.items()}
     return save_tensors(contiguous, metadata={"fedseg": json.dumps(document, sort_keys=True)})
 
 

@@ -38,7 +38,7 @@ def digest(weights: Mapping[str, FloatArray]) -> str:
     """SHA-256 over names, shapes and bytes, in the order of the names."""
     state = hashlib.sha256()
     for name in sorted(weights):
-        array = np.ascontiguousarray(weights[name])
+        array = np.asarray(weights[name], order="C")
         state.update(f"{name}{array.dtype.str}{array.shape}".encode())
         state.update(array.data)
     return state.hexdigest()
