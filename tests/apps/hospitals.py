@@ -1,0 +1,53 @@
+"""Three hospitals with phantoms, and an experiment small enough to run through real processes."""
+
+import json
+from pathlib import Path
+
+from fedseg.config import Experiment, parse_experiment
+from fedseg.data.phantom import PhantomConfig, write_phantoms
+from fedseg.federated.driver import run_federation
+from fedseg.federated.local import InProcessFleet
+from fedseg.federated.rounds import ServerState
+from fedseg.federated.site import OpenSites, start_state
+from fedseg.federated.store import RunStore
+from fedseg.site.config import load_site
+
+NAMES = ("Aare", "Elbe", "Loire")
+
+
+def tiny_experiment(**federation: object) -> Experiment:
+    """Two rounds of FedProx with a tiny U-Net whose batch statistics travel too."""
+    document = {
+        "name": "tiny",
+        "task": {
+            "name": "phantom",
+            "modality": "mr",
+            "labels": {"background": 0, "liver": 1, "spleen": 2, "kidneys": 3},
+        },
+        "data": {"validation_fraction": 0.34},
+        "model": {"name": "unet", "options": {"widths": [4, 8], "norm": "batch"}},
+        "training": {"patch_size": [16, 16, 16], "steps_per_epoch": 1},
+        "federation": {"rounds": 2, "proximal_mu": 0.01} | federation,
+    }
+    return parse_experiment(json.dumps(document))
+
+
+def write_hospitals(folder: Path) -> dict[str, Path]:
+    """The site files, by name of site, each beside its data."""
+    files = {}
+    for number, name in enumerate(NAMES):
+        write_phantoms(folder / name / "data", PhantomConfig(cases=3, shape=(16, 20, 20), first=10 * number))
+        files[name] = folder / name / "site.toml"
+        files[name].write_text(f'name = "{name}"\ndata = "data"\ncache = "cache"\ndevice = "cpu"\n')
+    return files
+
+
+def run_as_loop(experiment: Experiment, files: dict[str, Path], output: Path) -> ServerState:
+    """The same federation without Flower: a loop in this process."""
+    configs = tuple(load_site(path) for path in files.values())
+    store = RunStore(output)
+    try:
+        fleet = InProcessFleet(list(files), OpenSites(configs)())
+        return run_federation(experiment, fleet, store, lambda: start_state(experiment))
+    finally:
+        store.close()
