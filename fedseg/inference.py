@@ -22,7 +22,7 @@ MAX_VOXELS_ON_GPU = 2**24
 """Larger volumes (about 256³) gather their logits in main memory, window by window."""
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def predict_logits(
     model: nn.Module,
     image_CDHW: NDArray[np.float32] | Tensor,
@@ -50,7 +50,7 @@ def predict_logits(
         mirror: average over the eight flips of the volume (test-time augmentation, eight times the work).
 
     Returns:
-        `(K, D, H, W)`, float32, on the CPU.
+        `(K, D, H, W)`, float32, on the CPU; an ordinary tensor, to be changed in place as one likes.
     """
     device = torch.device(device)
     image_1CDHW = torch.as_tensor(image_CDHW, dtype=torch.float32)[None]

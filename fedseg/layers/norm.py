@@ -1,5 +1,6 @@
 """Normalisation layers by name."""
 
+import math
 from typing import Literal
 
 import torch
@@ -32,14 +33,14 @@ class InstanceNorm(nn.Module):
         """Normalise each channel of each sample."""
         if torch.compiler.is_compiling() or x.device.type != "cpu" or not is_channels_last(x):
             return F.group_norm(x, self.channels, self.weight, self.bias)
-        samples = [F.batch_norm(one, None, None, self.weight, self.bias, training=True) for one in x.split(1)]
+        samples = [F.batch_norm(one, None, None, self.weight, self.bias, training=True) for one in x.chunk(x.shape[0])]
         return samples[0] if len(samples) == 1 else torch.cat(samples)
 
 
 def make_norm(kind: Norm | None, channels: int, dims: int = 3) -> nn.Module:
     """A normalisation layer of images (`dims=2`) or volumes; None is instance norm without parameters.
 
-    Groups have four channels.
+    Groups have four channels where that divides the width, else more.
     """
     if kind is None:
         return InstanceNorm(channels, affine=False)
@@ -47,4 +48,4 @@ def make_norm(kind: Norm | None, channels: int, dims: int = 3) -> nn.Module:
         return InstanceNorm(channels, affine=True)
     if kind == "batch":
         return (nn.BatchNorm2d if dims == 2 else nn.BatchNorm3d)(channels)
-    return nn.GroupNorm(max(1, channels // 4), channels)
+    return nn.GroupNorm(math.gcd(channels, max(1, channels // 4)), channels)

@@ -185,8 +185,8 @@ class MLRUPlusPlus(nn.Module):
         x = self.ups[0](x) + self._run(self.skip, image_BCDHW)
         return [self._run(self.last, x), *features]
 
-    def _run_all(self, blocks: Iterable[nn.Module], x: Tensor) -> Tensor:
-        for block in blocks:
+    def _run_all(self, blocks: nn.Module, x: Tensor) -> Tensor:
+        for block in blocks.children():
             x = self._run(block, x)
         return x
 
@@ -194,9 +194,8 @@ class MLRUPlusPlus(nn.Module):
         if not (self.checkpoint_activations and self.training and torch.is_grad_enabled()):
             y: Tensor = block(x)
             return y
-        contexts = partial(_recomputation, block)
-        y = checkpoint(block, x, use_reentrant=False, context_fn=contexts)
-        return y
+        recomputed: Tensor = checkpoint(block, x, use_reentrant=False, context_fn=partial(_recomputation, block))
+        return recomputed
 
     def _as_laid_out(self, image_BCDHW: Tensor) -> Tensor:
         """Choose the memory layout; everything behind follows its input."""
@@ -244,8 +243,10 @@ class Block(nn.Module):
     def forward(self, x_BCDHW: Tensor) -> Tensor:
         """Refine the features of one level."""
         x = x_BCDHW if self.position is None else x_BCDHW + resize_position(self.position, _size(x_BCDHW))
-        x = x + self.gamma.view(-1, 1, 1, 1) * self.attention(self.norm(x.movedim(1, -1)), is_channels_last(x))
-        return x + self.project(self.dropout(self.residual(x)))
+        attended: Tensor = self.attention(self.norm(x.movedim(1, -1)), is_channels_last(x))
+        x = x + self.gamma.view(-1, 1, 1, 1) * attended
+        convolved: Tensor = self.project(self.dropout(self.residual(x)))
+        return x + convolved
 
 
 def resize_position(position_1CDHW: Tensor, grid: Size) -> Tensor:
@@ -271,20 +272,23 @@ class FoldedAttention(nn.Module):
             x_BDHWC: normalised features.
             channels_last: memory layout of what the convolutions get.
         """
-        batch, *grid, channels = x_BDHWC.shape
+        batch, depth, rows, columns, channels = x_BDHWC.shape
         if self.gate.dims == 3:
             z_BCDHW: Tensor = self.scales(self.gate(_laid_out(x_BDHWC, channels_last)))
             return z_BCDHW
-        tokens = math.prod(grid)
+        tokens = depth * rows * columns
         height, width, tail = fold_shape(tokens)
-        x_BNC = F.pad(x_BDHWC.reshape(batch, tokens, channels), (0, 0, 0, tail))
+        x_BNC: Tensor = x_BDHWC.reshape(batch, tokens, channels)
+        if tail:
+            x_BNC = F.pad(x_BNC, (0, 0, 0, tail))
         z_BCHW = _laid_out(x_BNC.reshape(batch, height, width, channels), channels_last)
         share = tokens / (height * width) if self.masked else 1.0
         z_BCHW = self.scales(self.gate(z_BCHW, filled=share))
         if channels_last:
             x_BNC = z_BCHW.movedim(1, -1).reshape(batch, height * width, channels)[:, :tokens]
-            return x_BNC.reshape(batch, *grid, channels).movedim(-1, 1)
-        return z_BCHW.reshape(batch, channels, height * width)[:, :, :tokens].reshape(batch, channels, *grid)
+            return x_BNC.reshape(batch, depth, rows, columns, channels).movedim(-1, 1)
+        x_BCN: Tensor = z_BCHW.reshape(batch, channels, height * width)[:, :, :tokens]
+        return x_BCN.reshape(batch, channels, depth, rows, columns)
 
 
 @lru_cache(maxsize=256)

@@ -134,7 +134,8 @@ class DynamicUNet(nn.Module):
         skips = [self.input_block(image_BCDHW)]
         for downsample in self.downsamples:
             skips.append(downsample(skips[-1]))
-        x, features = self.bottleneck(skips[-1]), []
+        x = self.bottleneck(skips[-1])
+        features: list[Tensor] = []
         for upsample, skip in zip(self.upsamples, reversed(skips), strict=True):
             x = upsample(x, skip)
             features.insert(0, x)
