@@ -42,6 +42,15 @@ def write_hospitals(folder: Path) -> dict[str, Path]:
     return files
 
 
+def write_experiment(path: Path, experiment: Experiment) -> None:
+    """Write an experiment's file; JSON values are TOML values."""
+    lines = [f"name = {json.dumps(experiment.name)}"]
+    for section in ("task", "data", "model", "training", "federation"):
+        values = getattr(experiment, section).model_dump(mode="json", exclude_defaults=True)
+        lines += [f"{section}.{key} = {_value(value)}" for key, value in values.items()]
+    path.write_text("\n".join(lines) + "\n")
+
+
 def run_as_loop(experiment: Experiment, files: dict[str, Path], output: Path) -> ServerState:
     """The same federation without Flower: a loop in this process."""
     configs = tuple(load_site(path) for path in files.values())
@@ -51,3 +60,9 @@ def run_as_loop(experiment: Experiment, files: dict[str, Path], output: Path) ->
         return run_federation(experiment, fleet, store, lambda: start_state(experiment))
     finally:
         store.close()
+
+
+def _value(value: object) -> str:
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {_value(item)}" for key, item in value.items()) + " }"
+    return json.dumps(value)

@@ -18,7 +18,7 @@ from fedseg.federated.store import RunStore
 from fedseg.federated.weights import digest
 from fedseg.model_file import load_model_file
 from tests.apps.grid import LoopGrid, Node
-from tests.apps.hospitals import run_as_loop, tiny_experiment, write_hospitals
+from tests.apps.hospitals import run_as_loop, tiny_experiment, write_experiment, write_hospitals
 
 ROOT = Path(__file__).parents[2]
 
@@ -58,8 +58,7 @@ def test_the_server_runs_an_experiment_and_goes_on_with_it(tmp_path: Path, monke
     monkeypatch.setattr(flower, "POLL", (0.001, 0.01))
     files, experiment = write_hospitals(tmp_path), tiny_experiment()
     expected = run_as_loop(experiment, files, tmp_path / "loop")
-    (tmp_path / "tiny.toml").write_text(TINY)
-    assert load_experiment(tmp_path / "tiny.toml").digest() == experiment.digest()
+    write_experiment(tmp_path / "tiny.toml", experiment)
     grid = LoopGrid({n: Node(client.app.app, {"site": str(path)}) for n, path in enumerate(files.values())})
     settings = {
         "experiment": str(tmp_path / "tiny.toml"),
@@ -77,23 +76,3 @@ def test_the_server_runs_an_experiment_and_goes_on_with_it(tmp_path: Path, monke
         server.app.app(grid, Context(1, 0, {}, RecordDict(), settings))
     server.app.app(grid, Context(1, 0, {}, RecordDict(), settings | {"resume": True}))
     assert store.rows("SELECT resumed FROM runs")[0]["resumed"] == 1
-
-
-TINY = """
-name = "tiny"
-[task]
-name = "phantom"
-modality = "mr"
-labels = { background = 0, liver = 1, spleen = 2, kidneys = 3 }
-[data]
-validation_fraction = 0.34
-[model]
-name = "unet"
-options = { widths = [4, 8], norm = "batch" }
-[training]
-patch_size = [16, 16, 16]
-steps_per_epoch = 1
-[federation]
-rounds = 2
-proximal_mu = 0.01
-"""
