@@ -73,7 +73,7 @@ class _Engine:
     def check(self) -> None:
         """Raise if the engine has ended."""
         if not self._thread.is_alive():
-            raise QuorumError(f"Flower's simulation engine ended: {self._error or 'without an error'}") from self._error
+            raise QuorumError(f"Flower's simulation engine ended: {_root(self._error)}") from self._error
 
     def stop(self) -> None:
         """End the engine, and Ray with it."""
@@ -134,6 +134,13 @@ def _client_app(opener: OpenSites) -> Any:
         return reply_to(message, lambda: _WarmSite(opener, config.name))
 
     return app
+
+
+def _root(error: BaseException | None) -> str:
+    """What went wrong first; Flower wraps it twice."""
+    while error is not None and error.__cause__ is not None:
+        error = error.__cause__
+    return str(error or "without an error")
 
 
 def _backend(workers: int, gpus: int) -> dict[str, Any]:
