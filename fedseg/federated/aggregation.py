@@ -1,8 +1,8 @@
 """Join the updates of a round: a streaming weighted mean, and two robust means.
 
 The mean is order-independent to the last bit. Each product `weight * delta` is rounded to a multiple of 2^-36 and added as
-a 64-bit integer; integer addition is associative, so it does not matter which site answers first, or in how many workers
-the sites ran. The rounding is 2^-37 of one weighted update, below the resolution of float32 for values above 1e-4 / n.
+an integer; integer addition is associative, so it does not matter which site answers first, or in how many workers the
+sites ran. The rounding is at most 2^-37 of one weighted update, below the resolution of float32 for weights above 1e-4.
 """
 
 import math
@@ -15,7 +15,9 @@ from fedseg.errors import UpdateRefused
 from fedseg.federated.weights import CHUNK, FloatArray, Weights
 
 FRACTION_BITS = 36
-LARGEST_SUM = 2.0 ** (62 - FRACTION_BITS)
+LOW_BITS = 32
+LARGEST = 2.0 ** (62 - FRACTION_BITS)
+"""Largest sum of `weight * |delta|` that 64-bit integers hold with one bit to spare."""
 
 
 class Aggregator(Protocol):
@@ -25,17 +27,20 @@ class Aggregator(Protocol):
         """Add one update with a positive integer weight."""
 
     def result(self) -> Weights:
-        """The joint update."""
+        """The joint update of at least one site."""
 
 
 class StreamingMean:
-    """Weighted mean whose memory is one network, however many sites there are (McMahan et al., arXiv 1602.05629)."""
+    """Weighted mean whose memory does not grow with the sites (McMahan et al., arXiv 1602.05629).
+
+    The mean of a single update is that update, to the last bit: nothing is rounded before there is a second one.
+    """
 
     def __init__(self) -> None:
-        self._sums: dict[str, NDArray[np.int64]] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._only: tuple[Weights, int] | None = None
+        self._sums: dict[str, _ExactSum] = {}
         self._total = 0
-        self._largest = 0.0
+        self._bound = 0.0
 
     def fold(self, site: str, delta: Weights, weight: int) -> None:
         """Add one update.
@@ -44,32 +49,73 @@ class StreamingMean:
             UpdateRefused: a value is too large to be added exactly; the sum is as before.
         """
         largest = weight * max((float(np.max(np.abs(array), initial=0.0)) for array in delta.values()), default=0.0)
-        if not self._largest + largest < LARGEST_SUM:
+        if not largest < LARGEST:
             raise UpdateRefused(
                 "too-large", f"update of {site}: values up to {largest / weight:g} cannot be added exactly"
             )
-        self._largest += largest
         self._total += weight
-        scale = math.ldexp(weight, FRACTION_BITS)
-        scratch = np.empty(CHUNK, np.float64)
-        for name, array in delta.items():
-            if name not in self._sums:
-                self._sums[name] = np.zeros(array.size, np.int64)
-                self._shapes[name] = array.shape
-            flat, total = array.reshape(-1), self._sums[name]
-            for start in range(0, flat.size, CHUNK):
-                part = slice(start, min(start + CHUNK, flat.size))
-                product = scratch[: part.stop - start]
-                np.multiply(flat[part], scale, out=product, dtype=np.float64)
-                np.rint(product, out=product)
-                np.add(total[part], product, out=total[part], casting="unsafe", dtype=np.int64)
+        if self._total == weight:
+            self._only = delta, weight
+            self._bound = largest
+            return
+        if self._only is not None:
+            first, first_weight = self._only
+            self._only = None
+            self._sums = {name: _ExactSum(array.shape) for name, array in first.items()}
+            self._add(first, first_weight)
+        if self._bound + largest >= LARGEST:
+            for total in self._sums.values():
+                total.carry()
+            self._bound = 2.0 ** (LOW_BITS - FRACTION_BITS)
+        self._bound += largest
+        self._add(delta, weight)
 
     def result(self) -> Weights:
         """The weighted mean of everything that was folded in."""
-        step = 1.0 / (self._total * 2.0**FRACTION_BITS)
-        return {
-            name: (total * step).astype(np.float32).reshape(self._shapes[name]) for name, total in self._sums.items()
-        }
+        if self._only is not None:
+            return dict(self._only[0])
+        return {name: total.scaled(1.0 / self._total) for name, total in self._sums.items()}
+
+    def _add(self, delta: Weights, weight: int) -> None:
+        for name, array in delta.items():
+            self._sums[name].add(array, weight)
+
+
+class _ExactSum:
+    """The sum of one tensor over sites, in units of 2^-36; bits above 2^32 units move to a second word when needed."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self._shape = shape
+        self._low = np.zeros(math.prod(shape), np.int64)
+        self._high: NDArray[np.int64] | None = None
+
+    def add(self, array: FloatArray, weight: int) -> None:
+        """Add `weight * array`, rounded to a unit; exact otherwise."""
+        flat, unit = array.reshape(-1), math.ldexp(weight, FRACTION_BITS)
+        scratch = np.empty(min(CHUNK, flat.size), np.float64)
+        for start in range(0, flat.size, CHUNK):
+            part = flat[start : start + CHUNK]
+            product, low = scratch[: part.size], self._low[start : start + CHUNK]
+            np.multiply(part, unit, out=product, dtype=np.float64)
+            np.rint(product, out=product)
+            np.add(low, product, out=low, casting="unsafe", dtype=np.int64)
+
+    def carry(self) -> None:
+        """Make room: afterwards 0 <= low < 2^32."""
+        if self._high is None:
+            self._high = np.zeros_like(self._low)
+        self._high += self._low >> LOW_BITS
+        self._low &= (1 << LOW_BITS) - 1
+
+    def scaled(self, factor: float) -> FloatArray:
+        """The sum times a factor; with or without carries, the integer sum is rounded to float64 once."""
+        if self._high is not None:
+            self.carry()
+        total = self._low.astype(np.float64)
+        if self._high is not None:
+            total += self._high * 2.0**LOW_BITS
+        total *= factor * 2.0**-FRACTION_BITS
+        return total.astype(np.float32).reshape(self._shape)
 
 
 class RobustMean:
@@ -95,11 +141,11 @@ class RobustMean:
         return {name: self._join(np.stack([delta[name] for delta in deltas])) for name in deltas[0]}
 
     def _join(self, stack: FloatArray) -> FloatArray:
-        if self._trim >= 0.5:
-            return np.median(stack, axis=0).astype(np.float32)
-        ordered = np.sort(stack, axis=0)
-        cut = int(self._trim * len(stack))
-        return ordered[cut : len(stack) - cut].mean(axis=0, dtype=np.float64).astype(np.float32)
+        """The mean of the values that are left, in float64; of one or two of them it is the median."""
+        count = len(stack)
+        cut = min(math.floor(self._trim * count + 1e-9), (count - 1) // 2)  # 0.29 * 100 is 28.999999999999996
+        ordered = np.sort(stack, axis=0)[cut : count - cut]
+        return np.asarray(ordered.mean(axis=0, dtype=np.float64), np.float32)
 
 
 def make_aggregator(aggregate: str, trim: float) -> Aggregator:

@@ -1,13 +1,18 @@
-"""Run a federation round by round, over whatever carries the messages."""
+"""Run a federation round by round, over whatever carries the messages.
+
+A round ends with the updates that came in before its deadline and passed screening, if they reach the quorum; otherwise it
+is repeated. What a site reports about its own failure, a refused update, a late answer: all of it is kept in the store,
+none of it touches the weights.
+"""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from fedseg.config import Experiment
 from fedseg.errors import QuorumError, UpdateRefused
-from fedseg.federated.aggregation import make_aggregator
+from fedseg.federated.aggregation import Aggregator, make_aggregator
 from fedseg.federated.faults import reach
 from fedseg.federated.messages import Answer, RoundInstructions, SiteFailure, SiteUpdate
 from fedseg.federated.rounds import (
@@ -20,10 +25,10 @@ from fedseg.federated.rounds import (
     instructions_for,
     site_weight,
 )
-from fedseg.federated.screening import screen
+from fedseg.federated.screening import screen, screen_scores
 from fedseg.federated.store import RunStore
-from fedseg.federated.sums import means
-from fedseg.federated.weights import Weights, num_bytes
+from fedseg.federated.weights import num_bytes
+from fedseg.metrics import means_from_sums
 
 
 class Fleet(Protocol):
@@ -67,7 +72,7 @@ def run_federation(
     start: Callable[[], ServerState],
     *,
     resume: bool = False,
-    observe: Observer = lambda event: None,
+    observe: Observer | None = None,
 ) -> ServerState:
     """Run all rounds and the closing evaluation.
 
@@ -87,108 +92,126 @@ def run_federation(
         StoreError: the store holds another run, or this one and `resume` is False.
     """
     document = experiment.to_json()
+    run = _Run(experiment, document, fleet, store, observe or (lambda _: None))
     state = store.resume(experiment) if resume else None
     if state is None:
         state = start()
         store.begin(experiment, state)
     while state.server_round < experiment.federation.rounds:
-        instructions = instructions_for(state, experiment, document)
-        joined, report, answers = _run_round(state, instructions, experiment, fleet, store, observe)
-        state = apply_round(state, joined, [update.norm for update in report.accepted], experiment.federation)
-        scores = _scores(answers)
-        store.commit_round(state, report, {state.server_round - 1: scores} if scores else None)
-        observe(Event("finished-round", state.server_round, report=report, scores=scores))
+        state = run.round_after(state)
     if not store.is_finished():
-        closing = final_instructions(state, document)
-        answers = [
-            answer for answer in fleet.exchange(closing, sorted(fleet.sites()), None) if isinstance(answer, SiteUpdate)
-        ]
-        scores = _scores(answers)
-        store.finish(state.server_round, scores)
-        observe(Event("finished", state.server_round, scores=scores))
+        run.close(state)
     return state
 
 
-def _run_round(
-    state: ServerState,
-    instructions: RoundInstructions,
-    experiment: Experiment,
-    fleet: Fleet,
-    store: RunStore,
-    observe: Observer,
-) -> tuple[Weights, RoundReport, list[SiteUpdate]]:
-    config, server_round = experiment.federation, instructions.server_round
-    failures: list[SiteFailure] = []
-    for attempt in range(1, config.max_attempts + 1):
-        begun = time.monotonic()
-        asked = choose_sites(fleet.sites(), experiment, server_round, attempt)
-        observe(Event("round", server_round, asked=asked))
-        reach("round-begun")
-        aggregator = make_aggregator(config.aggregate, config.trim)
-        accepted: list[AcceptedUpdate] = []
-        answers: list[SiteUpdate] = []
-        for answer in fleet.exchange(instructions, asked, config.deadline):
-            outcome: AcceptedUpdate | SiteFailure
-            if isinstance(answer, SiteFailure):
-                outcome = answer
-            elif answer.site not in asked or any(update.site == answer.site for update in accepted):
-                outcome = SiteFailure(answer.site, server_round, "refused", "unasked")
-            else:
-                outcome = _accept(answer, state, experiment, aggregator.fold, time.monotonic() - begun)
-            if isinstance(outcome, SiteFailure):
-                failures.append(outcome)
-                store.event(outcome.kind, server_round, outcome.site, outcome.reason)
-            else:
-                accepted.append(outcome)
-                answers.append(_without_delta(answer))
-                reach("update-folded")
-            observe(Event("answer", server_round, answer=outcome))
-        if len(accepted) >= config.min_sites:
-            accepted.sort(key=lambda update: update.site)
-            failures.sort(key=lambda failure: failure.site)
-            seconds = time.monotonic() - begun
-            report = RoundReport(server_round, attempt, asked, tuple(accepted), tuple(failures), seconds)
-            return aggregator.result(), report, answers
-        store.event("repeated", server_round, detail=f"{len(accepted)} of {config.min_sites} sites needed")
-        observe(Event("repeat", server_round))
-    reasons = "; ".join(sorted({f"{failure.site}: {failure.kind} ({failure.reason})" for failure in failures}))
-    raise QuorumError(
-        f"round {server_round}: fewer than {config.min_sites} sites gave an update in {config.max_attempts} attempts. {reasons}"
-    )
+@dataclass
+class _Attempt:
+    """What came in during one try at a round."""
+
+    asked: tuple[str, ...]
+    aggregator: Aggregator
+    begun: float = field(default_factory=time.monotonic)
+    accepted: dict[str, AcceptedUpdate] = field(default_factory=dict)
 
 
-def _accept(
-    answer: SiteUpdate,
-    state: ServerState,
-    experiment: Experiment,
-    fold: Callable[[str, Weights, int], None],
-    seconds: float,
-) -> AcceptedUpdate | SiteFailure:
-    try:
-        size = screen(answer, state.server_round + 1, state.weights, state.norms, experiment.federation.screening)
-        fold(answer.site, answer.delta, site_weight(answer.num_cases, experiment.federation))
-    except UpdateRefused as refusal:
-        return SiteFailure(answer.site, state.server_round + 1, "refused", refusal.reason)
-    return AcceptedUpdate(
-        answer.site,
-        answer.num_cases,
-        size,
-        num_bytes(answer.delta),
-        seconds,
-        answer.sums,
-        answer.training,
-        answer.quarantined,
-    )
+@dataclass(frozen=True)
+class _Run:
+    """What stays the same from round to round."""
+
+    experiment: Experiment
+    document: str
+    """The experiment as JSON, made once."""
+    fleet: Fleet
+    store: RunStore
+    observe: Observer
+
+    def round_after(self, state: ServerState) -> ServerState:
+        """Run one round and commit it."""
+        attempt, report = self._until_quorum(state)
+        norms = [update.norm for update in report.accepted]
+        after = apply_round(state, attempt.aggregator.result(), norms, self.experiment.federation)
+        scores = {update.site: means_from_sums(update.sums) for update in report.accepted if update.sums}
+        self.store.commit_round(after, report, {state.server_round: scores} if scores else None)
+        self.observe(Event("finished-round", after.server_round, report=report, scores=scores))
+        return after
+
+    def close(self, state: ServerState) -> None:
+        """Have the final weights scored by every site that can; whoever fails is left out of the scores."""
+        instructions = final_instructions(state, self.document)
+        asked = tuple(sorted(self.fleet.sites()))
+        scores: dict[str, dict[str, float]] = {}
+        for answer in self.fleet.exchange(instructions, asked, self.experiment.federation.deadline):
+            try:
+                if isinstance(answer, SiteUpdate):
+                    _check_asked(answer, asked, scores)
+                    screen_scores(answer, instructions.server_round)
+                    scores[answer.site] = means_from_sums(answer.sums)
+                    continue
+                failure = answer
+            except UpdateRefused as refusal:
+                failure = SiteFailure(answer.site, instructions.server_round, "refused", refusal.reason)
+            self._note(failure)
+        scores = {site: scores[site] for site in sorted(scores) if scores[site]}
+        self.store.finish(state.server_round, scores)
+        self.observe(Event("finished", state.server_round, scores=scores))
+
+    def _until_quorum(self, state: ServerState) -> tuple[_Attempt, RoundReport]:
+        config = self.experiment.federation
+        instructions = instructions_for(state, self.experiment, self.document)
+        server_round, failures = instructions.server_round, list[SiteFailure]()
+        for number in range(1, config.max_attempts + 1):
+            asked = choose_sites(self.fleet.sites(), self.experiment, server_round, number)
+            self.observe(Event("round", server_round, asked=asked))
+            reach("round-begun")
+            attempt = _Attempt(asked, make_aggregator(config.aggregate, config.trim))
+            for answer in self.fleet.exchange(instructions, asked, config.deadline):
+                outcome = self._take(answer, attempt, state)
+                if isinstance(outcome, SiteFailure):
+                    failures.append(outcome)
+                    self._note(outcome)
+                self.observe(Event("answer", server_round, answer=outcome))
+            if len(attempt.accepted) >= config.min_sites:
+                accepted = tuple(attempt.accepted[site] for site in sorted(attempt.accepted))
+                failed = tuple(sorted(failures, key=lambda failure: failure.site))
+                seconds = time.monotonic() - attempt.begun
+                return attempt, RoundReport(server_round, number, asked, accepted, failed, seconds)
+            shortfall = f"{len(attempt.accepted)} of {config.min_sites} sites needed"
+            self.store.event("repeated", server_round, detail=shortfall)
+            self.observe(Event("repeat", server_round))
+        reasons = "; ".join(sorted({f"{failure.site}: {failure.kind} ({failure.reason})" for failure in failures}))
+        raise QuorumError(
+            f"round {server_round}: fewer than {config.min_sites} sites gave an update in {config.max_attempts} attempts."
+            f" {reasons or 'No site failed: too few are connected'}"
+        )
+
+    def _take(self, answer: Answer, attempt: _Attempt, state: ServerState) -> AcceptedUpdate | SiteFailure:
+        if isinstance(answer, SiteFailure):
+            return answer
+        server_round, federation = state.server_round + 1, self.experiment.federation
+        try:
+            _check_asked(answer, attempt.asked, attempt.accepted)
+            size = screen(answer, server_round, state.weights, state.norms, federation.screening)
+            attempt.aggregator.fold(answer.site, answer.delta, site_weight(answer.num_cases, federation))
+        except UpdateRefused as refusal:
+            return SiteFailure(answer.site, server_round, "refused", refusal.reason)
+        accepted = AcceptedUpdate(
+            site=answer.site,
+            num_cases=answer.num_cases,
+            norm=size,
+            num_bytes=num_bytes(answer.delta),
+            seconds=time.monotonic() - attempt.begun,
+            sums=answer.sums,
+            training=answer.training,
+            quarantined=answer.quarantined,
+        )
+        attempt.accepted[answer.site] = accepted
+        reach("update-folded")
+        return accepted
+
+    def _note(self, failure: SiteFailure) -> None:
+        self.store.event(failure.kind, failure.server_round, failure.site, failure.reason)
 
 
-def _without_delta(answer: Answer) -> SiteUpdate:
-    assert isinstance(answer, SiteUpdate)
-    return SiteUpdate(
-        answer.site, answer.server_round, {}, answer.num_cases, answer.sums, answer.training, answer.quarantined
-    )
-
-
-def _scores(answers: Sequence[SiteUpdate]) -> dict[str, dict[str, float]]:
-    return {
-        answer.site: means(answer.sums) for answer in sorted(answers, key=lambda answer: answer.site) if answer.sums
-    }
+def _check_asked(answer: SiteUpdate, asked: Collection[str], answered: Collection[str]) -> None:
+    if answer.site not in asked or answer.site in answered:
+        raise UpdateRefused("unasked", f"{answer.site} was not asked, or has answered before")

@@ -2,9 +2,10 @@
 
 import json
 import multiprocessing
-import os
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -45,7 +46,7 @@ class InProcessFleet:
             yield answer
 
 
-@dataclass
+@dataclass(eq=False)
 class _Worker:
     process: BaseProcess
     pipe: Connection
@@ -95,21 +96,23 @@ class WorkerFleet:
             worker.briefed = False
         try:
             self._assign(waiting, data)
-            while busy := {worker.pipe: worker for worker in self._workers if worker.site is not None}:
-                ready = wait(list(busy), None if end is None else max(0.0, end - time.monotonic()))
+            while busy := [worker for worker in self._workers if worker.site is not None]:
+                left = None if end is None else max(0.0, end - time.monotonic())
+                ready = wait([worker.pipe for worker in busy], left)
                 if not ready:
                     break
-                for pipe in ready:
-                    answer = self._receive(busy[pipe], instructions.server_round)  # type: ignore[index]
-                    self._assign(waiting, data)
-                    yield answer
+                for worker in busy:
+                    if worker.pipe in ready:
+                        answer = self._receive(worker, instructions.server_round)
+                        if end is None or time.monotonic() < end:
+                            self._assign(waiting, data)
+                        yield answer
             late = [worker.site for worker in self._workers if worker.site is not None] + waiting
             yield from (SiteFailure(site, instructions.server_round, "late", "deadline") for site in sorted(late))
         finally:
-            for number, worker in enumerate(self._workers):
+            for worker in list(self._workers):
                 if worker.site is not None:
-                    _end(worker)
-                    self._workers[number] = self._start()
+                    self._replace(worker)
 
     def close(self) -> None:
         """End the workers."""
@@ -129,45 +132,52 @@ class WorkerFleet:
         theirs.close()
         return _Worker(process, ours)
 
+    def _replace(self, worker: _Worker) -> None:
+        _end(worker)
+        self._workers[self._workers.index(worker)] = self._start()
+
     def _assign(self, waiting: list[str], data: bytes) -> None:
-        for worker in self._workers:
+        for worker in list(self._workers):
             if waiting and worker.site is None:
-                if not worker.briefed:
-                    worker.pipe.send_bytes(b"I" + data)
-                    worker.briefed = True
                 worker.site = waiting.pop(0)
-                worker.pipe.send_bytes(b"S" + worker.site.encode())
+                try:
+                    if not worker.briefed:
+                        worker.pipe.send_bytes(b"I")
+                        worker.pipe.send_bytes(data)
+                        worker.briefed = True
+                    worker.pipe.send_bytes(b"S" + worker.site.encode())
+                except OSError:
+                    pass  # it is dead, which `_receive` will notice and report
 
     def _receive(self, worker: _Worker, server_round: int) -> Answer:
         site = worker.site
         assert site is not None
         try:
             reply = worker.pipe.recv_bytes()
-        except (EOFError, ConnectionError):
-            _end(worker)
-            self._workers[self._workers.index(worker)] = self._start()
+            update = worker.pipe.recv_bytes() if reply == b"U" else None
+        except (EOFError, OSError):
+            self._replace(worker)
             return SiteFailure(site, server_round, "failed", "WorkerDied")
         worker.site = None
-        return SiteUpdate.decode(reply[1:]) if reply[:1] == b"U" else SiteFailure(**json.loads(reply[1:]))
+        return SiteFailure(**json.loads(reply[1:])) if update is None else SiteUpdate.decode(update)
 
 
 def _work(pipe: Connection, make_ask: Callable[[], Ask]) -> None:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which then ends its workers
     ask, instructions = make_ask(), None
-    while True:
-        try:
+    with suppress(EOFError, OSError):  # the main process is gone
+        while True:
             message = pipe.recv_bytes()
-        except (EOFError, ConnectionError):
-            return
-        if message[:1] == b"I":
-            instructions = RoundInstructions.decode(message[1:])
-            continue
-        assert instructions is not None
-        answer = ask(message[1:].decode(), instructions)
-        if isinstance(answer, SiteUpdate):
-            pipe.send_bytes(b"U" + answer.encode())
-        else:
-            pipe.send_bytes(b"F" + json.dumps(answer.header()).encode())
+            if message == b"I":
+                instructions = RoundInstructions.decode(pipe.recv_bytes())
+                continue
+            assert instructions is not None
+            answer = ask(message[1:].decode(), instructions)
+            if isinstance(answer, SiteUpdate):
+                pipe.send_bytes(b"U")
+                pipe.send_bytes(answer.encode())
+            else:
+                pipe.send_bytes(b"F" + json.dumps(answer.header()).encode())
 
 
 def _end(worker: _Worker) -> None:

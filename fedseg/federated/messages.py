@@ -18,6 +18,8 @@ from fedseg.errors import MessageError
 from fedseg.federated.weights import Weights
 
 FORMAT = 1
+LONGEST_NAME = 200
+LARGEST_COUNT = 10**9
 
 
 @dataclass(frozen=True)
@@ -120,12 +122,13 @@ class SiteUpdate:
             "quarantined": dict,
         }
         _check_fields("update", header, types)
-        for key in ("sums", "training"):
-            if any(isinstance(value, bool) or not isinstance(value, int | float) for value in header[key].values()):
-                raise MessageError(f"update: {key} must map names to numbers")
-        if any(type(count) is not int or count < 0 for count in header["quarantined"].values()):
-            raise MessageError("update: quarantined must map reasons to counts")
-        return cls(delta=tensors, **header)
+        numbers = {key: _numbers(key, header[key]) for key in ("sums", "training")}
+        for reason, count in header["quarantined"].items():
+            if not _is_name(reason) or type(count) is not int or not 0 <= count <= LARGEST_COUNT:
+                raise MessageError("update: quarantined must map reasons to counts")
+        if not _is_name(header["site"]):
+            raise MessageError("update: site must be a short printable name")
+        return cls(delta=tensors, **{**header, **numbers})
 
 
 @dataclass(frozen=True)
@@ -166,6 +169,21 @@ def _decode(kind: str, data: bytes) -> tuple[dict[str, Any], Weights]:
         raise MessageError(f"message format is not {FORMAT}; both ends need the same fedseg release")
     document.pop("version", None)
     return document, tensors
+
+
+def _numbers(key: str, values: Mapping[str, Any]) -> dict[str, float]:
+    for name, value in values.items():
+        if not _is_name(name) or type(value) not in (int, float):
+            raise MessageError(f"update: {key} must map short printable names to numbers")
+    try:
+        return {name: float(value) for name, value in values.items()}
+    except OverflowError:
+        raise MessageError(f"update: a number in {key} is too large") from None
+
+
+def _is_name(value: str) -> bool:
+    """Whether a name from outside can go into a log, a table and a database."""
+    return 0 < len(value) <= LONGEST_NAME and value.isprintable()
 
 
 def _check_fields(kind: str, header: Mapping[str, Any], types: Mapping[str, type]) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from fedseg.config import Experiment, FederationConfig
 from fedseg.federated.messages import RoundInstructions, SiteFailure
-from fedseg.federated.weights import Weights
+from fedseg.federated.weights import FloatArray, Weights
 
 NORMS_KEPT = 50
 
@@ -133,27 +133,23 @@ def _server_step(
     FedAvgM: Hsu et al., arXiv 1909.06335. FedAdam: Reddi et al., arXiv 2003.00295, with tau = 1e-3 and without bias
     correction, as there. Buffers always take the plain mean: a momentum on running variances can turn them negative.
     """
-    if config.server_optimizer == "average":
-        return {name: _scaled(delta, config, name in state.buffers) for name, delta in joined.items()}, {}
     names = [name for name in joined if name not in state.buffers]
     steps = {name: joined[name] for name in state.buffers}
     beta, rate = np.float32(config.server_momentum), np.float32(config.server_learning_rate)
+    if config.server_optimizer == "average":
+        return steps | {name: rate * joined[name] for name in names}, {}
     if config.server_optimizer == "momentum":
         first = {name: beta * _moment(state, "first", name) + joined[name] for name in names}
         return steps | {name: rate * first[name] for name in names}, {"first": first}
-    beta2, tau = np.float32(0.99), np.float32(1e-3)
-    first = {name: beta * _moment(state, "first", name) + (1 - beta) * joined[name] for name in names}
-    second = {name: beta2 * _moment(state, "second", name) + (1 - beta2) * np.square(joined[name]) for name in names}
-    return (
-        steps | {name: rate * first[name] / (np.sqrt(second[name]) + tau) for name in names},
-        {"first": first, "second": second},
-    )
+    one, beta2, tau = np.float32(1), np.float32(0.99), np.float32(1e-3)
+    first = {name: beta * _moment(state, "first", name) + (one - beta) * joined[name] for name in names}
+    second = {
+        name: beta2 * _moment(state, "second", name) + (one - beta2) * joined[name] * joined[name] for name in names
+    }
+    steps |= {name: np.asarray(rate * first[name] / (np.sqrt(second[name]) + tau), np.float32) for name in names}
+    return steps, {"first": first, "second": second}
 
 
-def _scaled(delta: np.ndarray, config: FederationConfig, buffer: bool) -> np.ndarray:  # type: ignore[type-arg]
-    return delta if buffer or config.server_learning_rate == 1 else np.float32(config.server_learning_rate) * delta
-
-
-def _moment(state: ServerState, kind: str, name: str) -> np.ndarray:  # type: ignore[type-arg]
+def _moment(state: ServerState, kind: str, name: str) -> FloatArray:
     moments = state.moments.get(kind)
     return np.zeros_like(state.weights[name]) if moments is None else moments[name]

@@ -30,34 +30,53 @@ def screen(
         The L2 norm of the update.
 
     Raises:
-        UpdateRefused: with reason `stale`, `no-cases`, `wrong-names`, `wrong-dtype`, `wrong-shape`, `non-finite` or
-            `absurd-norm`.
+        UpdateRefused: with reason `stale`, `no-cases`, `wrong-names`, `wrong-dtype`, `wrong-shape`, `non-finite`,
+            `wrong-metrics` or `absurd-norm`.
     """
-
-    def refuse(reason: str, message: str) -> UpdateRefused:
-        return UpdateRefused(reason, f"update of {update.site} for round {update.server_round}: {message}")
-
-    if update.server_round != server_round:
-        raise refuse("stale", f"round {server_round} is being run")
+    screen_scores(update, server_round)
     if not 0 < update.num_cases <= MAX_CASES:
-        raise refuse("no-cases", f"num_cases must be in 1..{MAX_CASES}, got {update.num_cases}")
+        raise _refusal(update, "no-cases", f"num_cases must be in 1..{MAX_CASES}, got {update.num_cases}")
     if update.delta.keys() != weights.keys():
         missing, unknown = sorted(weights.keys() - update.delta.keys()), sorted(update.delta.keys() - weights.keys())
-        raise refuse("wrong-names", f"missing {missing[:3]}, unknown {unknown[:3]}")
+        raise _refusal(update, "wrong-names", f"missing {missing[:3]}, unknown {unknown[:3]}")
     for name, array in weights.items():
         delta = update.delta[name]
         if delta.dtype != np.float32:
-            raise refuse("wrong-dtype", f"{name} must be float32, got {delta.dtype}")
+            raise _refusal(update, "wrong-dtype", f"{name} must be float32, got {delta.dtype}")
         if delta.shape != array.shape:
-            raise refuse("wrong-shape", f"{name} must have shape {array.shape}, got {delta.shape}")
+            raise _refusal(update, "wrong-shape", f"{name} must have shape {array.shape}, got {delta.shape}")
     size = norm(update.delta)
     if not math.isfinite(size):
-        raise refuse("non-finite", "it holds NaN or infinite values")
-    if not all(math.isfinite(value) for value in (*update.sums.values(), *update.training.values())):
-        raise refuse("non-finite", "a metric is NaN or infinite")
+        raise _refusal(update, "non-finite", "it holds NaN or infinite values")
     limit = config.max_norm if config.max_norm is not None else math.inf
-    if norms:
-        limit = min(limit, config.max_norm_ratio * statistics.median(norms))
+    usual = statistics.median(norms) if norms else 0.0
+    if usual > 0:  # sites that all stood still say nothing about what is absurd
+        limit = min(limit, config.max_norm_ratio * usual)
     if size > limit:
-        raise refuse("absurd-norm", f"its norm {size:.4g} exceeds {limit:.4g}")
+        raise _refusal(update, "absurd-norm", f"its norm {size:.4g} exceeds {limit:.4g}")
     return size
+
+
+def screen_scores(update: SiteUpdate, server_round: int) -> None:
+    """Check what an update says beside its tensors; all that there is to check if the site only scored.
+
+    Args:
+        update: what the site sent.
+        server_round: the round that was asked for.
+
+    Raises:
+        UpdateRefused: with reason `stale`, `non-finite` or `wrong-metrics`.
+    """
+    if update.server_round != server_round:
+        raise _refusal(update, "stale", f"round {server_round} is being run")
+    if not all(math.isfinite(value) for value in (*update.sums.values(), *update.training.values())):
+        raise _refusal(update, "non-finite", "a metric is NaN or infinite")
+    for key in update.sums:
+        stem, _, kind = key.rpartition("/")
+        other = {"sum": "count", "count": "sum"}.get(kind)
+        if other and f"{stem}/{other}" not in update.sums:
+            raise _refusal(update, "wrong-metrics", f"{key} has no {other}")
+
+
+def _refusal(update: SiteUpdate, reason: str, message: str) -> UpdateRefused:
+    return UpdateRefused(reason, f"update of {update.site} for round {update.server_round}: {message}")

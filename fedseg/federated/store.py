@@ -21,6 +21,7 @@ from fedseg.federated.rounds import RoundReport, ServerState
 from fedseg.federated.weights import digest
 
 CHECKPOINTS_KEPT = 2
+VERSION = 1
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS runs (
@@ -43,8 +44,8 @@ CREATE INDEX IF NOT EXISTS updates_by_round ON updates (run, server_round);
 PRAGMA user_version = 1;
 """
 
-SiteSums = Mapping[str, Mapping[str, float]]
-"""Metric sums by site."""
+SiteScores = Mapping[str, Mapping[str, float]]
+"""Means of metrics by site."""
 
 
 class RunStore:
@@ -65,10 +66,15 @@ class RunStore:
             self._db = sqlite3.connect(directory / "store.sqlite", timeout=60, isolation_level=None)
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")
-            if self._db.execute("PRAGMA user_version").fetchone()[0] == 0:
+            version = self._db.execute("PRAGMA user_version").fetchone()[0]
+            if version == 0:
                 self._db.executescript(SCHEMA)
         except sqlite3.DatabaseError as error:
             raise StoreError(f"{directory / 'store.sqlite'}: not a run store: {error}") from error
+        if version > VERSION:
+            raise StoreError(
+                f"{directory / 'store.sqlite'}: run store version {version} is not {VERSION}; use the release that wrote it"
+            )
 
     def close(self) -> None:
         """Close the database."""
@@ -108,17 +114,19 @@ class RunStore:
         self.event("resumed", state.server_round)
         return state
 
-    def commit_round(self, state: ServerState, report: RoundReport, sums: Mapping[str, SiteSums] | None = None) -> None:
+    def commit_round(
+        self, state: ServerState, report: RoundReport, scores: Mapping[int, SiteScores] | None = None
+    ) -> None:
         """End a round: checkpoint, round, updates and metrics in one atomic step.
 
         Args:
             state: after the round.
             report: what happened in it.
-            sums: means of metrics by site, for the weights that the round started from.
+            scores: means of metrics by round and site, for the weights that the round started from.
         """
-        self._commit(state, report, sums or {}, None)
+        self._commit(state, report, scores or {}, None)
 
-    def finish(self, server_round: int, metrics: SiteSums) -> None:
+    def finish(self, server_round: int, metrics: SiteScores) -> None:
         """Record the closing evaluation and mark the run as finished."""
         with self._transaction():
             self._write_metrics(server_round, metrics)
@@ -154,7 +162,13 @@ class RunStore:
         """Where the state after a round is kept."""
         return self.directory / "checkpoints" / f"{self.run}-round-{server_round:04d}.safetensors"
 
-    def _commit(self, state: ServerState, report: RoundReport, metrics: Any, experiment: Experiment | None) -> None:
+    def _commit(
+        self,
+        state: ServerState,
+        report: RoundReport,
+        metrics: Mapping[int, SiteScores],
+        experiment: Experiment | None,
+    ) -> None:
         path = self.checkpoint_path(state.server_round)
         sha256 = save_state(path, state)
         with self._transaction():
@@ -189,7 +203,7 @@ class RunStore:
             values = (self.run, report.server_round, failure.site, failure.kind, failure.reason)
             self._db.execute(insert, (*values, None, None, None, None, None, None))
 
-    def _write_metrics(self, server_round: int, metrics: SiteSums) -> None:
+    def _write_metrics(self, server_round: int, metrics: SiteScores) -> None:
         for site, values in metrics.items():
             self._db.executemany(
                 "INSERT OR REPLACE INTO metrics VALUES (?, ?, ?, ?, ?)",
