@@ -1,7 +1,8 @@
 """Our messages as Flower's records, and Flower's nodes as a fleet: the only library module that speaks Flower.
 
 A message crosses Flower as one array of bytes, in the format of `fedseg.federated.messages`. One array, not one per tensor:
-Flower hashes, stores, pushes and pulls every array as an object of its own, each with HTTP requests of its own.
+Flower hashes, stores, pushes and pulls every array as an object of its own, each with HTTP requests of its own (for 300
+tensors an exchange takes more than five times as long: benchmarks/flower_wire).
 
 What a node sends is not trusted: an answer counts for the site that was asked, whatever name stands in it, and a reply that
 cannot be read is a failure of that site.

@@ -39,15 +39,15 @@ class Deployment:
         command = f"flower-supernode --insecure --superlink 127.0.0.1:{self.port} --port {free_port()} --node-config"
         self.start(name, [*command.split(), f'site="{site_file}"'])
 
-    def start_run(self, settings: Mapping[str, object]) -> None:
-        """Submit the app as the coordinator does, and follow its log."""
+    def start_run(self, settings: Mapping[str, object], app: Path = ROOT) -> None:
+        """Submit an app as the coordinator does, and follow its log."""
         home = self.folder / "run"
         home.mkdir()
         (home / "config.toml").write_text(
             f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "127.0.0.1:{self.port}"\ninsecure = true\n'
         )
         config = " ".join(f"{key}={json.dumps(value)}" for key, value in settings.items())
-        self.start("run", ["flwr", "run", str(ROOT), "here", "--stream", "--run-config", config])
+        self.start("run", ["flwr", "run", str(app), "here", "--stream", "--run-config", config])
 
     def start(self, name: str, command: list[str]) -> None:
         """Start a program of this environment in a session of its own."""

@@ -1,0 +1,1 @@
+"""A Flower app that sends weights to and fro."""
