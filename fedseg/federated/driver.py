@@ -145,7 +145,7 @@ class _Run:
                 if isinstance(answer, SiteUpdate):
                     _check_asked(answer, asked, scores)
                     screen_scores(answer, instructions.server_round)
-                    scores[answer.site] = means_from_sums(answer.sums)
+                    scores[answer.site] = means_from_sums(answer.sums) if answer.sums else {}
                     continue
                 failure = answer
             except UpdateRefused as refusal:

@@ -21,11 +21,12 @@ def subtract(weights: Mapping[str, FloatArray], anchor: Mapping[str, FloatArray]
 
 
 def norm(weights: Mapping[str, FloatArray]) -> float:
-    """L2 norm over all tensors; NaN or infinite if any value is."""
+    """L2 norm over all tensors, added up in the order of their names; NaN or infinite if any value is."""
     total = 0.0
-    for array in weights.values():
-        for chunk in chunks(array.reshape(-1), 1 << 13):
-            total += float(np.dot(chunk, chunk))
+    with np.errstate(over="ignore"):  # the result tells
+        for name in sorted(weights):
+            for chunk in chunks(weights[name].reshape(-1), 1 << 13):
+                total += float(np.dot(chunk, chunk))
     return math.sqrt(total) if total >= 0 else math.nan
 
 

@@ -1,0 +1,143 @@
+import json
+import sqlite3
+
+import pytest
+
+from fedseg.errors import StoreError
+from fedseg.federated.store import CHECKPOINTS_KEPT, RunStore
+from fedseg.federated.weights import digest
+from tests.federated.toys import changed_fleet, history, rows, run_toy, same, toy_experiment, toy_state
+
+
+def checkpoints(output):
+    return sorted(path.name for path in (output / "checkpoints").iterdir())
+
+
+def spoil(path):
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 255
+    path.write_bytes(data)
+
+
+def test_a_run_leaves_its_whole_history(tmp_path):
+    experiment = toy_experiment(rounds=2)
+    final = run_toy(experiment, tmp_path)
+    run = rows(tmp_path, "SELECT * FROM runs")[0]
+    assert (run["run"], run["name"], run["digest"]) == ("federated", "toy", experiment.digest())
+    assert run["finished"] > run["started"]
+    assert json.loads(run["experiment"]) == json.loads(experiment.to_json())
+    rounds = rows(tmp_path, "SELECT * FROM rounds ORDER BY server_round")
+    assert [(row["server_round"], row["attempts"], json.loads(row["asked"])) for row in rounds] == [
+        (0, 0, []), (1, 1, ["A", "B", "C"]), (2, 1, ["A", "B", "C"])
+    ]  # fmt: skip
+    assert rounds[-1]["weights_sha256"] == digest(final.weights)
+    updates = rows(tmp_path, "SELECT * FROM updates WHERE server_round = 1 ORDER BY site")
+    assert [row["site"] for row in updates] == ["A", "B", "C"]
+    assert all(row["status"] == "accepted" and row["bytes"] == 184 and row["norm"] > 0 for row in updates)
+    assert json.loads(updates[0]["quarantined"]) == {"missing-label": 1}
+    assert json.loads(updates[0]["training"])["loss"] > 0
+    metrics = rows(tmp_path, "SELECT * FROM metrics WHERE name = 'dice/liver' ORDER BY server_round, site")
+    assert [(row["server_round"], row["site"]) for row in metrics] == [(n, site) for n in (1, 2) for site in "ABC"]
+
+
+def test_metrics_come_back_by_round_and_site(tmp_path):
+    run_toy(toy_experiment(rounds=2), tmp_path)
+    store = RunStore(tmp_path)
+    found = store.metrics("dice/liver")
+    store.close()
+    assert {number: list(sites) for number, sites in found.items()} == {1: ["A", "B", "C"], 2: ["A", "B", "C"]}
+
+
+def test_only_the_last_checkpoints_are_kept(tmp_path):
+    run_toy(toy_experiment(rounds=5), tmp_path)
+    assert CHECKPOINTS_KEPT == 2
+    assert checkpoints(tmp_path) == ["federated-round-0004.safetensors", "federated-round-0005.safetensors"]
+
+
+def test_runs_in_one_directory_do_not_touch_each_other(tmp_path):
+    experiment = toy_experiment(rounds=1)
+    for run in ("local-A", "A", "local-A-B"):
+        store = RunStore(tmp_path, run)
+        store.begin(experiment, toy_state(experiment))
+        store.close()
+    assert checkpoints(tmp_path) == [f"{run}-round-0000.safetensors" for run in ("A", "local-A-B", "local-A")]
+    store = RunStore(tmp_path, "A")
+    store.resume(experiment)
+    store.close()
+    assert len(checkpoints(tmp_path)) == 3
+
+
+def test_a_new_run_does_not_overwrite_an_old_one(tmp_path):
+    run_toy(toy_experiment(rounds=1), tmp_path)
+    with pytest.raises(StoreError, match="holds run 'federated' already; resume it"):
+        run_toy(toy_experiment(rounds=1), tmp_path)
+
+
+def test_resuming_a_finished_run_asks_nobody_and_changes_nothing(tmp_path):
+    experiment = toy_experiment()
+    before = run_toy(experiment, tmp_path)
+    kept = history(tmp_path)
+
+    def never(site, instructions, answer):
+        raise AssertionError("was asked")
+
+    after = run_toy(experiment, tmp_path, changed_fleet(never), resume=True)
+    assert same(before.weights, after.weights)
+    assert history(tmp_path) == kept
+
+
+def test_resuming_an_empty_directory_starts_the_run(tmp_path):
+    run_toy(toy_experiment(), tmp_path / "resumed", resume=True)
+    run_toy(toy_experiment(), tmp_path / "new")
+    assert history(tmp_path / "resumed") == history(tmp_path / "new")
+
+
+def test_another_experiment_is_refused_with_the_keys_that_changed(tmp_path):
+    run_toy(toy_experiment(), tmp_path)
+    with pytest.raises(StoreError, match=r"changed: federation\.proximal_mu 0\.0 -> 0\.1, federation\.rounds 3 -> 4"):
+        run_toy(toy_experiment(rounds=4, proximal_mu=0.1), tmp_path, resume=True)
+
+
+def test_a_damaged_checkpoint_goes_back_one_round_and_ends_the_same(tmp_path):
+    experiment = toy_experiment(server_optimizer="momentum")
+    run_toy(experiment, tmp_path / "undisturbed")
+    run_toy(experiment, tmp_path / "damaged")
+    spoil(tmp_path / "damaged" / "checkpoints" / "federated-round-0003.safetensors")
+    run_toy(experiment, tmp_path / "damaged", resume=True)
+    assert history(tmp_path / "damaged") == history(tmp_path / "undisturbed")
+    events = rows(tmp_path / "damaged", "SELECT kind, server_round, detail FROM events ORDER BY id")
+    assert [(event["kind"], event["server_round"]) for event in events] == [("went-back", 2), ("resumed", 2)]
+    assert "is damaged" in events[0]["detail"]
+
+
+def test_a_run_without_a_readable_checkpoint_says_so(tmp_path):
+    experiment = toy_experiment()
+    run_toy(experiment, tmp_path)
+    for path in (tmp_path / "checkpoints").iterdir():
+        path.unlink()
+    with pytest.raises(StoreError, match=r"no readable checkpoint: .*no such checkpoint"):
+        run_toy(experiment, tmp_path, resume=True)
+
+
+def test_leftovers_of_a_crash_are_removed_on_resume(tmp_path):
+    experiment = toy_experiment()
+    run_toy(experiment, tmp_path)
+    for name in ("federated-round-0004.safetensors", ".federated-round-0004.safetensors.123.part"):
+        (tmp_path / "checkpoints" / name).write_bytes(b"half")
+    run_toy(experiment, tmp_path, resume=True)
+    assert checkpoints(tmp_path) == ["federated-round-0002.safetensors", "federated-round-0003.safetensors"]
+
+
+def test_a_file_that_is_no_run_store_is_refused(tmp_path):
+    (tmp_path / "store.sqlite").write_bytes(b"something else" * 100)
+    with pytest.raises(StoreError, match=r"store\.sqlite: not a run store"):
+        RunStore(tmp_path)
+
+
+def test_a_store_of_a_later_release_is_refused(tmp_path):
+    RunStore(tmp_path).close()
+    database = sqlite3.connect(tmp_path / "store.sqlite")
+    database.execute("PRAGMA user_version = 99")
+    database.close()
+    with pytest.raises(StoreError, match="version 99 is not 1"):
+        RunStore(tmp_path)
