@@ -1,4 +1,7 @@
-"""Convolutions that keep their input's memory layout and PyTorch's fast CPU path.
+"""Convolutions that keep their input's memory layout, PyTorch's fast CPU path, and right gradients.
+
+One fault of PyTorch (2.13) on a CPU: in bfloat16, the weight gradient of a 3D convolution with stride 1 holds uninitialised
+memory, NaN now and then, where the volume has fewer slices than the kernel. `SafeConv3d` computes those in fp32.
 
 Two habits of PyTorch on a CPU cost much time in 3D networks:
 
@@ -30,12 +33,32 @@ def in_channels_last(x: Tensor) -> Tensor:
 
 def like(y: Tensor, x: Tensor) -> Tensor:
     """`y` in the layout of `x`; convolutions of a single channel lose it."""
-    if is_channels_last(y) == is_channels_last(x):
-        return y
-    return in_channels_last(y) if is_channels_last(x) else y.contiguous()
+    if is_channels_last(x):
+        return y if is_channels_last(y) else in_channels_last(y)
+    return y.contiguous() if is_channels_last(y) else y
 
 
-class Conv3d(nn.Conv3d):
+class SafeConv3d(nn.Conv3d):
+    """A convolution whose bfloat16 gradients are right on a CPU too."""
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if x.device.type != "cpu" or x.shape[2] >= self.kernel_size[0] or not _in_bfloat16(x):
+            y: Tensor = super()._conv_forward(x, weight, bias)
+            return y
+        with torch.autocast("cpu", enabled=False):
+            y = super()._conv_forward(x.float(), weight.float(), None if bias is None else bias.float())
+        return y.bfloat16()
+
+
+def make_safe(network: nn.Module) -> nn.Module:
+    """Turn the plain 3D convolutions of a network that is not ours into safe ones; nothing else changes."""
+    for module in network.modules():
+        if type(module) is nn.Conv3d:
+            module.__class__ = SafeConv3d
+    return network
+
+
+class Conv3d(SafeConv3d):
     """A 3x3x3 convolution, stride 1, padding 1, no bias."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -76,11 +99,18 @@ def mix_channels(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     return (F.conv2d if x.dim() == 4 else F.conv3d)(x, weight, bias)
 
 
+def _in_bfloat16(x: Tensor) -> bool:
+    if torch.is_autocast_enabled("cpu"):
+        return torch.get_autocast_dtype("cpu") == torch.bfloat16
+    return x.dtype == torch.bfloat16
+
+
 def _takes_the_slow_path(x_BCDHW: Tensor) -> bool:
     return (
         x_BCDHW.shape[0] == 1
         and x_BCDHW.device.type == "cpu"
         and x_BCDHW.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
         and x_BCDHW.shape[1] * x_BCDHW.shape[2] * x_BCDHW.shape[3] <= _SLOW_BELOW
         and max(x_BCDHW.shape[2:]) > 1
     )

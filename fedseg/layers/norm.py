@@ -5,7 +5,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fedseg.layers.conv import is_channels_last
 
@@ -17,6 +16,8 @@ class InstanceNorm(nn.Module):
 
     PyTorch's own gives wrong gradients on a CPU for a channels-last batch of one, and its group norm is slow there in that
     layout. So each sample takes the path of a batch norm of its own, which is right and fast.
+
+    A sample of one voxel has no statistics: it becomes zero, plus the shift.
 
     Args:
         channels: C.
@@ -32,9 +33,14 @@ class InstanceNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise each channel of each sample."""
         if torch.compiler.is_compiling() or x.device.type != "cpu" or not is_channels_last(x):
-            return F.group_norm(x, self.channels, self.weight, self.bias)
-        samples = [F.batch_norm(one, None, None, self.weight, self.bias, training=True) for one in x.chunk(x.shape[0])]
+            return torch.group_norm(x, self.channels, self.weight, self.bias)
+        samples = [_batch_norm(one, self.weight, self.bias) for one in x.chunk(x.shape[0])]
         return samples[0] if len(samples) == 1 else torch.cat(samples)
+
+
+def _batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Batch norm with the statistics of `x`; unlike `functional.batch_norm`, it takes a single voxel, and gives the bias."""
+    return torch.batch_norm(x, weight, bias, None, None, True, 0.0, 1e-5, False)
 
 
 def make_norm(kind: Norm | None, channels: int, dims: int = 3) -> nn.Module:

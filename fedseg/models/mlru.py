@@ -21,7 +21,7 @@ What was wrong with the released code, and what is done here:
 | coupled width arguments | all widths follow from `base_width` |
 | PyTorch's CPU gradients wrong at batch 1 | one dense layout throughout, see `_laid_out`; tested by differences |
 | the fold mixes voxels, its tail dilutes means | kept for parity; else `fold="3d"`, `pool="masked"` |
-| fold sizes break exporters | plain integers from the static grid, cached per size |
+| fold sizes break exporters | plain integers from the static grid; compile with `dynamic=False` |
 | half precision underflows gamma | parameters stay fp32; use autocast |
 | BatchNorm on small batches | `norm="instance"` or `"group"` |
 | a position embedding in every block | `pos_embed="none"` |
@@ -32,7 +32,7 @@ What was wrong with the released code, and what is done here:
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import lru_cache, partial
+from functools import partial
 from typing import Literal
 
 import torch
@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from fedseg.layers.conv import Conv3d, Pointwise, in_channels_last, is_channels_last, like, mix_channels
+from fedseg.layers.conv import Conv3d, Pointwise, SafeConv3d, in_channels_last, is_channels_last, like, mix_channels
 from fedseg.layers.norm import Norm, make_norm
 from fedseg.layers.padding import Size, crop, margin_for, pad
 
@@ -291,7 +291,6 @@ class FoldedAttention(nn.Module):
         return x_BCN.reshape(batch, channels, depth, rows, columns)
 
 
-@lru_cache(maxsize=256)
 def fold_shape(tokens: int) -> tuple[int, int, int]:
     """Height, width and number of empty pixels at the end of the nearly square image that holds `tokens` pixels."""
     height = math.isqrt(tokens)
@@ -325,7 +324,7 @@ class LCBAM(nn.Module):
         squeezed = max(4, channels // 16)
         self.squeeze = Pointwise(channels, squeezed, dims=dims)
         self.excite = Pointwise(squeezed, channels, dims=dims)
-        self.spatial = (nn.Conv2d if dims == 2 else nn.Conv3d)(2, 1, 7, padding=3, bias=False)
+        self.spatial = (nn.Conv2d if dims == 2 else SafeConv3d)(2, 1, 7, padding=3, bias=False)
         self.dropout = nn.Dropout(dropout)
         if std is not None:
             for layer in (self.squeeze, self.excite, self.spatial):
@@ -359,7 +358,7 @@ class M2B(nn.Module):
     def __init__(self, channels: int, kernels: Sequence[int], norm: Norm, *, dims: int, truncated: bool) -> None:
         super().__init__()
         wide = 2 * channels
-        convolution = nn.Conv2d if dims == 2 else nn.Conv3d
+        convolution = nn.Conv2d if dims == 2 else SafeConv3d
         self.expand = Pointwise(channels, wide, dims=dims)
         self.expand_norm = make_norm(norm, wide, dims)
         self.scales = nn.ModuleList(

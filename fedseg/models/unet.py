@@ -9,7 +9,8 @@ from typing import Literal
 from monai.networks import nets
 from torch import Tensor, nn
 
-from fedseg.layers.padding import Size, crop, margin_for, pad
+from fedseg.layers.conv import make_safe
+from fedseg.layers.padding import Margin, Size, crop, margin_for, pad
 
 Norm = Literal["instance", "batch"]
 
@@ -55,11 +56,12 @@ class UNet(nn.Module):
             norm=norm,
             dropout=dropout,
         )
+        make_safe(self.net)
         self.stride: Size = (2**steps, 2**steps, 2**steps)
 
     def forward(self, image_BCDHW: Tensor) -> Tensor:
         """Segment a batch: logits `(B, K, D, H, W)`."""
-        margin = margin_for(_size(image_BCDHW), self.stride)
+        margin = _margin_for(_size(image_BCDHW), self.stride)
         return crop(self.net(pad(image_BCDHW, margin)), margin)
 
 
@@ -109,6 +111,7 @@ class DynamicUNet(nn.Module):
         self.bottleneck = net.bottleneck
         self.upsamples = net.upsamples
         self.heads = nn.ModuleList([net.output_block, *(net.deep_supervision_heads if deep_supervision else [])])
+        make_safe(self)
         self.deep_supervision = deep_supervision
         self.stride: Size = (2**steps, 2**steps, 2**steps)
 
@@ -120,7 +123,7 @@ class DynamicUNet(nn.Module):
 
     def forward(self, image_BCDHW: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Segment a batch: logits `(B, K, D, H, W)`, while training with `deep_supervision` a tuple, finest first."""
-        margin = margin_for(_size(image_BCDHW), self.stride)
+        margin = _margin_for(_size(image_BCDHW), self.stride)
         features = self._decode(pad(image_BCDHW, margin))
         if not (self.training and self.deep_supervision):
             return crop(self.heads[0](features[0]), margin)
@@ -140,6 +143,13 @@ class DynamicUNet(nn.Module):
             x = upsample(x, skip)
             features.insert(0, x)
         return features
+
+
+def _margin_for(size: Size, stride: Size) -> Margin:
+    """Pad to the stride, but keep two voxels on the coarsest level: MONAI's norms refuse a single one."""
+    depth, height, width = stride
+    single = all(length <= step for length, step in zip(size, stride, strict=True))
+    return margin_for(size, (depth, height, 2 * width) if single else stride)
 
 
 def _size(x_BCDHW: Tensor) -> Size:
