@@ -7,6 +7,7 @@ volume, and the label is the larger part. Positions are relative: `d` runs from 
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,7 @@ About = Callable[[float, float], float]
 
 TISSUES = (
     "air", "fat", "muscle", "visceral fat", "liver", "spleen", "kidneys", "medulla", "spine", "cord", "aorta", "vein",
-    "stomach", "bowel", "gallbladder", "lung", "rib",
+    "stomach", "bowel", "gallbladder", "lung", "rib", "colon", "gas", "pancreas",
 )  # fmt: skip
 
 
@@ -49,16 +50,21 @@ class Anatomy:
             limit: another implicit function, outside of which nothing is painted.
         """
         cover = self._cover(inside if limit is None else np.minimum(inside, limit))
+        box = _box(cover > 0)
+        painted, rest = cover[box], 1 - cover[box]
         for other in self.share.values():
-            other *= 1 - cover
-        self.share[tissue] = self.share.get(tissue, np.float32(0)) + cover
-        self._owner[cover > 0.5] = TISSUES.index(tissue)
+            other[box] *= rest
+        self._of(tissue)[box] += painted
+        self._owner[box][painted > 0.5] = TISSUES.index(tissue)
 
     def stain(self, organ: str, tissue: str, inside: Field3D) -> None:
         """Turn a part of an organ into another tissue; the voxels remain the organ's."""
         moved = self.share[organ] * self._cover(inside)
-        self.share[organ] = self.share[organ] - moved
-        self.share[tissue] = self.share.get(tissue, np.float32(0)) + moved
+        self.share[organ] -= moved
+        self._of(tissue)[...] += moved
+
+    def _of(self, tissue: str) -> Field3D:
+        return self.share.setdefault(tissue, np.zeros(self.shape, dtype=np.float32))
 
     def _cover(self, inside: Field3D) -> Field3D:
         return np.asarray(np.clip(inside * (min(self.shape) / 2) + 0.5, 0, 1), dtype=np.float32)
@@ -80,13 +86,13 @@ def draw_anatomy(shape: Shape3D, generator: np.random.Generator, variability: fl
     anatomy = Anatomy(shape)
     trunk = _ellipse(h / about(0.70, 0.035), w / about(0.88, 0.035)) * 0.7
     fat = max(about(0.085, 0.03), 0.03)
-    cavity = np.minimum(trunk - fat - max(about(0.09, 0.012), 0.06), h + 0.40 + 0.35 * np.abs(w))
+    cavity = np.minimum(trunk - fat - max(about(0.09, 0.012), 0.06), h + 0.40 + 0.22 * np.abs(w))
     anatomy.paint("fat", trunk)
     anatomy.paint("muscle", trunk - fat)
     anatomy.paint("visceral fat", cavity)
     _paint_ribs(anatomy, trunk - fat - 0.05, d, h, w, about)
     _paint_gut(anatomy, cavity, d, h, w, generator, about)
-    _paint_spine(anatomy, d, h, w, about)
+    _paint_spine(anatomy, trunk - fat, d, h, w, about)
     for side in (-1.0, 1.0):
         _paint_kidney(anatomy, side, d, h, w, about)
     _paint_spleen(anatomy, cavity, d, h, w, about)
@@ -98,8 +104,10 @@ def draw_anatomy(shape: Shape3D, generator: np.random.Generator, variability: fl
 
 def smooth_noise(shape: Shape3D, knots: int, generator: np.random.Generator) -> Field3D:
     """A random field of standard deviation 1 that varies over 1/`knots` of the volume."""
-    coarse = generator.normal(size=(knots, knots, knots)).astype(np.float32)
-    fine = ndimage.zoom(coarse, np.divide(shape, knots), order=3, mode="nearest", grid_mode=True)
+    fine = generator.normal(size=(knots, knots, knots))
+    for size in shape:
+        # One axis after the other: the same splines as on the whole grid, twenty times as fast.
+        fine = np.tensordot(fine, _splines(size, knots), axes=(0, 0))
     return np.asarray(fine / max(float(fine.std()), 1e-6), dtype=np.float32)
 
 
@@ -110,16 +118,18 @@ def _positions(shape: Shape3D, generator: np.random.Generator, vary: float) -> t
     turn = np.eye(3) + vary * generator.normal(0, 0.035, (3, 3))
     move = vary * generator.normal(0, [0.06, 0.02, 0.02])
     posed = np.einsum("ij,jdhw->idhw", turn, mesh) + move[:, None, None, None]
+    # Organs are pushed about more than the skin, which would look dented.
+    calm = np.clip(1.8 * (1 - np.hypot(mesh[1] / 0.75, mesh[2] / 0.92)), 0.3, 1)
     for axis in range(3):
-        posed[axis] += vary * 0.032 * smooth_noise(shape, 4, generator)
-        posed[axis] += vary * 0.012 * smooth_noise(shape, 8, generator)
+        posed[axis] += vary * calm * 0.034 * smooth_noise(shape, 4, generator)
+        posed[axis] += vary * calm * 0.014 * smooth_noise(shape, 8, generator)
     d, h, w = posed.astype(np.float32)
     return d, h, w
 
 
 def _paint_ribs(anatomy: Anatomy, wall: Field3D, d: Field3D, h: Field3D, w: Field3D, about: About) -> None:
     """Thin oblique arcs in the body wall of the upper half."""
-    arcs = np.cos(2 * np.pi * (d - 0.35 * h) / 0.42 + about(0.0, 0.5)) - 0.55
+    arcs = np.cos(2 * np.pi * (d - 0.8 * h) / 0.42 + about(0.0, 0.5)) - 0.55
     rib = np.minimum(np.minimum(0.03 - np.abs(wall), 0.06 * arcs), d + 0.1)
     anatomy.paint("rib", np.minimum(rib, np.abs(w) - 0.25))
 
@@ -127,20 +137,36 @@ def _paint_ribs(anatomy: Anatomy, wall: Field3D, d: Field3D, h: Field3D, w: Fiel
 def _paint_gut(
     anatomy: Anatomy, cavity: Field3D, d: Field3D, h: Field3D, w: Field3D, generator: np.random.Generator, about: About
 ) -> None:
-    """Loops of bowel at random places, and a stomach about as bright as the spleen beside it."""
-    for _ in range(11):
-        centre = (generator.uniform(-1.1, 0.05), generator.uniform(-0.12, 0.5), generator.uniform(-0.6, 0.6))
-        size = (generator.uniform(0.12, 0.2), generator.uniform(0.1, 0.17), generator.uniform(0.12, 0.28))
-        anatomy.paint("bowel", _blob(d, h, w, centre, size), cavity)
+    """Loops of small bowel at random places, the colon as a frame around them, pancreas, stomach, and gas on top."""
+    for _ in range(14):
+        centre = (generator.uniform(-1.1, -0.05), generator.uniform(-0.1, 0.5), generator.uniform(-0.5, 0.5))
+        size = (generator.uniform(0.1, 0.19), generator.uniform(0.09, 0.16), generator.uniform(0.12, 0.26))
+        anatomy.paint("bowel", _blob(d, h, w, centre, size, tilt=generator.uniform(-0.6, 0.6)), cavity)
+    haustra = 0.02 * np.cos(2 * np.pi * d / 0.24 + about(0.0, 1.0))
+    for side in (-1.0, 1.0):
+        tube = about(0.115, 0.015) + haustra - np.hypot(h - about(0.02, 0.05), w - side * about(0.63, 0.03))
+        anatomy.paint("colon", np.minimum(tube, about(0.0, 0.05) - d), cavity)
+    sag = about(-0.12, 0.06) + 0.25 * w**2 - 0.15 * (w < 0) * w
+    across = np.hypot(d - sag, h - about(0.42, 0.03) + 0.5 * w**2)
+    haustra = 0.02 * np.cos(2 * np.pi * w / 0.24 + about(0.0, 1.0))
+    transverse = np.minimum(about(0.115, 0.012) + haustra - across, 0.62 - np.abs(w))
+    anatomy.paint("colon", transverse, cavity)
+    anatomy.paint("gas", np.minimum(transverse - 0.03, h - about(0.43, 0.03)), cavity)
+    course = np.hypot(d - about(0.16, 0.04) + 0.35 * w, h - about(0.06, 0.03) + 0.45 * (w + 0.1) ** 2)
+    anatomy.paint("pancreas", np.minimum(0.075 - 0.04 * np.abs(w + 0.1) - 0.7 * course + 0.02, 0.4 - np.abs(w + 0.08)))
     centre = (about(0.42, 0.08), about(0.22, 0.05), about(-0.28, 0.05))
-    anatomy.paint("stomach", _blob(d, h, w, centre, (0.42, 0.24, 0.25), tilt=0.4), cavity)
+    stomach = _blob(d, h, w, centre, (0.42, 0.24, 0.25), tilt=0.4)
+    anatomy.paint("stomach", stomach, cavity)
+    anatomy.paint("gas", np.minimum(stomach - 0.04, h - centre[1] - about(0.06, 0.04)), cavity)
 
 
-def _paint_spine(anatomy: Anatomy, d: Field3D, h: Field3D, w: Field3D, about: About) -> None:
-    """Vertebrae and discs, the canal behind, psoas muscles beside, aorta and cava in front."""
+def _paint_spine(anatomy: Anatomy, inner: Field3D, d: Field3D, h: Field3D, w: Field3D, about: About) -> None:
+    """Vertebrae and discs, the canal behind, psoas and back muscles beside, aorta and cava in front."""
     at_h, at_w = about(-0.36, 0.02), about(0.0, 0.02)
     for side in (-1.0, 1.0):
         anatomy.paint("muscle", _blob(d, h, w, (-0.75, at_h + 0.02, at_w + side * 0.2), (0.75, 0.13, 0.11)))
+        erector = np.hypot((h - at_h + 0.2) / 0.95, w - at_w - side * 0.19)
+        anatomy.paint("muscle", 0.14 - erector, inner)
     body = 0.155 - np.hypot((h - at_h) * 1.1, w - at_w)
     disc = np.cos(2 * np.pi * d / 0.44 + about(0.0, 1.0)) - 0.86
     process = np.minimum(0.045 - np.abs(w - at_w), np.minimum(at_h - 0.05 - h, h - at_h + 0.3))
@@ -174,7 +200,7 @@ def _paint_spleen(anatomy: Anatomy, cavity: Field3D, d: Field3D, h: Field3D, w: 
 def _paint_liver(anatomy: Anatomy, cavity: Field3D, d: Field3D, h: Field3D, w: Field3D, about: About) -> None:
     """A large right lobe under the dome, a left lobe that thins out across the midline, a vein inside, gallbladder."""
     centre = (about(0.28, 0.05), about(0.02, 0.03), about(0.44, 0.03))
-    right = _blob(d, h, w, centre, (about(0.66, 0.05), 0.50, 0.38))
+    right = _blob(d, h, w, centre, (about(0.66, 0.05), 0.50, 0.38), tilt=about(-0.2, 0.08))
     left = _blob(d, h, w, (about(0.45, 0.05), about(0.26, 0.03), about(0.02, 0.04)), (0.3, 0.2, about(0.44, 0.05)))
     under = 0.6 * (0.75 * w + 0.9 * h + 0.9 * d + about(0.44, 0.06))
     liver = np.minimum(_union(right, left, 0.12), under)
@@ -184,6 +210,22 @@ def _paint_liver(anatomy: Anatomy, cavity: Field3D, d: Field3D, h: Field3D, w: F
         anatomy.stain("liver", "vein", np.minimum(vein, liver - 0.08))
     at = (about(-0.05, 0.05), about(0.32, 0.03), about(0.28, 0.04))
     anatomy.paint("gallbladder", _blob(d, h, w, at, (0.17, 0.09, 0.09)), cavity)
+
+
+def _box(inside: NDArray[np.bool_]) -> tuple[slice, ...]:
+    """The smallest box around what is true; empty if nothing is."""
+    box = []
+    for axis in range(3):
+        along = np.flatnonzero(inside.any(axis=tuple(other for other in range(3) if other != axis)))
+        box.append(slice(int(along[0]), int(along[-1]) + 1) if len(along) else slice(0, 0))
+    return tuple(box)
+
+
+@lru_cache(maxsize=32)
+def _splines(size: int, knots: int) -> NDArray[np.float64]:
+    """What each knot contributes to each of `size` positions, `(knots, size)`."""
+    unit = np.eye(knots)
+    return np.stack([ndimage.zoom(row, size / knots, order=3, mode="nearest", grid_mode=True) for row in unit])
 
 
 def _ellipse(h: Field3D, w: Field3D) -> Field3D:

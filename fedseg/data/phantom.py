@@ -42,6 +42,9 @@ _SIGNAL: dict[str, tuple[float, float]] = {
     "gallbladder": (0.24, 12),
     "lung": (0.05, -820),
     "rib": (0.16, 420),
+    "colon": (0.34, 40),
+    "gas": (0.02, -950),
+    "pancreas": (0.58, 95),
 }
 """Each tissue on a T1-weighted image, relative, and on a portal-venous CT, in Hounsfield units."""
 
@@ -123,6 +126,7 @@ def write_phantoms(path: Path, config: PhantomConfig, *, progress: bool = False)
     Raises:
         DataError: `path` holds something else, or cannot be written.
     """
+    path = path.resolve()
     if path.exists() and not _is_phantom(path) and (not path.is_dir() or any(path.iterdir())):
         raise DataError(f"{path}: exists and is no cohort of phantoms; choose another folder")
     aside = path.with_name(f".{path.name}-{uuid.uuid4().hex}")

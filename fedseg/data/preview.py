@@ -13,6 +13,9 @@ from fedseg.errors import CaseError
 
 _COLOURS = ["#e6550d", "#31a354", "#3182bd", "#fdd835", "#ab47bc", "#26c6da", "#ec407a", "#9ccc65"]
 _DPI = 110
+_ROWS_BEFORE_TWO_BESIDE = 4
+_SOFT_TISSUE = (-160.0, 240.0)
+"""Hounsfield units from black to white, for images whose values look like them."""
 
 
 def preview(cohort: Path | Cohort, out_png: Path, *, cases: int = 6) -> Path:
@@ -21,16 +24,20 @@ def preview(cohort: Path | Cohort, out_png: Path, *, cases: int = 6) -> Path:
     Args:
         cohort: a cohort or its folder.
         out_png: the picture to write.
-        cases: rows at most.
+        cases: how many at most; from four on, two stand side by side.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     members = (read_cohort(cohort) if isinstance(cohort, Path) else cohort).cases[:cases]
-    figure = Figure(figsize=(7.5, 2.5 * len(members)), facecolor="black", layout="constrained")
+    beside = 1 if len(members) < _ROWS_BEFORE_TWO_BESIDE else 2
+    lines = -(-len(members) // beside)
+    figure = Figure(figsize=(7.5 * beside, 2.5 * lines), facecolor="black", layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(len(members), 3, squeeze=False)
-    for row, case in zip(axes, members, strict=True):
+    axes = figure.subplots(lines, 3 * beside, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for row, case in zip(axes.reshape(-1, 3), members, strict=False):
         _draw_case(row, case)
     out_png.parent.mkdir(parents=True, exist_ok=True)
     aside = out_png.with_name(f".{os.getpid()}-{out_png.name}")
@@ -40,8 +47,6 @@ def preview(cohort: Path | Cohort, out_png: Path, *, cases: int = 6) -> Path:
 
 
 def _draw_case(row: Any, case: Case) -> None:
-    for axis in row:
-        axis.set_axis_off()
     row[0].set_title(case.name, color="white", fontsize=8, loc="left")
     try:
         volume = read_image(case.images)
@@ -52,7 +57,7 @@ def _draw_case(row: Any, case: Case) -> None:
     image = volume.array[0]
     if label.shape != image.shape:
         label = np.zeros(image.shape, dtype=np.uint8)
-    low, high = np.quantile(image, [0.01, 0.995])
+    low, high = _SOFT_TISSUE if image.min() < -500 else np.quantile(image, [0.01, 0.995])
     at = _middle(label)
     for axis, (number, plane) in zip(row, enumerate(("axial", "coronal", "sagittal")), strict=True):
         section, contour = _section(image, number, at[number]), _section(label, number, at[number])
