@@ -7,13 +7,24 @@ Spatial values are in array order `(D, H, W)`: D runs along the patient's S axis
 `RAS` orientation. Lengths are in mm.
 """
 
+import difflib
 import hashlib
 import json
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    field_validator,
+    model_validator,
+)
 
 from fedseg.errors import ConfigError, ModelError
 
@@ -23,7 +34,22 @@ NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Size3D = tuple[PositiveInt, PositiveInt, PositiveInt]
 Spacing3D = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
-OptionValue = bool | int | float | str | list[int] | list[float] | list[str] | None
+
+
+def _plain_value(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+    """One error in place of one per member of the union."""
+    try:
+        return validate(value)
+    except ValidationError:
+        raise ValueError("must be true or false, a number, a text, or a list of numbers or of texts") from None
+
+
+OptionValue = Annotated[
+    bool | int | FiniteFloat | str | list[int] | list[FiniteFloat] | list[str] | None, WrapValidator(_plain_value)
+]
+
+MAX_LABELS = 256
+"""Label values are kept in a byte."""
 
 
 class Section(BaseModel):
@@ -52,18 +78,18 @@ class TaskConfig(Section):
         if labels.get("background") != 0:
             raise ValueError("`background = 0` is missing")
         if sorted(labels.values()) != list(range(len(labels))):
-            missing = sorted(set(range(max(labels.values()) + 1)) - set(labels.values()))
-            why = f"no name for value {missing}" if missing else "two names share a value"
-            raise ValueError(f"values must be 0, 1, 2, ... each once, got {sorted(labels.values())}: {why}")
+            raise ValueError(f"values must be 0, 1, 2, ... each once: {_fault_of_values(list(labels.values()))}")
         if len(labels) < 2:
             raise ValueError("there is only background; name at least one structure")
+        if len(labels) > MAX_LABELS:
+            raise ValueError(f"there can be {MAX_LABELS} labels at most, there are {len(labels)}")
         return labels
 
     @field_validator("channels")
     @classmethod
     def _channels_are_distinct(cls, channels: tuple[str, ...]) -> tuple[str, ...]:
         if not channels or len(set(channels)) != len(channels):
-            raise ValueError(f"needs at least one channel name, each once, got {list(channels)}")
+            raise ValueError("needs at least one channel name, each once")
         return channels
 
     @property
@@ -88,7 +114,7 @@ class DataConfig(Section):
     """`nonzero` crops each volume to the box of its non-zero voxels."""
     percentiles: tuple[Fraction, Fraction] = (0.005, 0.995)
     """MR: intensities are clipped to these quantiles of the volume before its z-score."""
-    window: tuple[float, float] | None = None
+    window: tuple[FiniteFloat, FiniteFloat] | None = None
     """CT: lower and upper bound in Hounsfield units, mapped to [-1, 1]."""
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """Share of a site's persons (never split) that is kept for validation."""
@@ -102,14 +128,14 @@ class DataConfig(Section):
     def _orientation_is_a_frame(cls, code: str) -> str:
         axes = {"R": 0, "L": 0, "A": 1, "P": 1, "S": 2, "I": 2}
         if len(code) != 3 or sorted(axes.get(letter, -1) for letter in code) != [0, 1, 2]:
-            raise ValueError(f"must name one of R/L, A/P and S/I each, such as RAS or LPS, got {code!r}")
+            raise ValueError("must name one of R/L, A/P and S/I each, such as RAS or LPS")
         return code
 
     @field_validator("percentiles", "window")
     @classmethod
     def _bounds_are_ordered(cls, bounds: tuple[float, float] | None) -> tuple[float, float] | None:
         if bounds is not None and not bounds[0] < bounds[1]:
-            raise ValueError(f"the lower bound must be below the upper one, got {list(bounds)}")
+            raise ValueError("the lower bound must be below the upper one")
         return bounds
 
 
@@ -233,9 +259,12 @@ class Experiment(Section):
             raise ValueError("data.window: a CT task needs one in Hounsfield units, such as window = [-160.0, 240.0]")
         if self.task.modality == "mr" and self.data.window is not None:
             raise ValueError("data.window: is for CT; an MR task uses data.percentiles. Leave it out")
-        from fedseg.models import check_model
+        from fedseg.models.registry import check_model, resolve
 
+        key = "model"
         try:
+            resolve(self.model.name, self.model.preset, self.model.options)
+            key = "training.patch_size"
             check_model(
                 self.model.name,
                 preset=self.model.preset,
@@ -246,7 +275,7 @@ class Experiment(Section):
                 batch_size=self.training.batch_size,
             )
         except ModelError as error:
-            raise ValueError(str(error)) from error
+            raise ValueError(f"{key}: {error}") from error
         return self
 
     def to_json(self) -> str:
@@ -287,7 +316,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         ConfigError: the file is missing or is no TOML.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -303,16 +332,50 @@ def validate_section(kind: type[S], document: str, *, source: str) -> S:
     try:
         return kind.model_validate_json(document)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(source, fault) for fault in error.errors(include_url=False))) from None
+        raise ConfigError(
+            "\n".join(_explain(kind, source, fault) for fault in error.errors(include_url=False))
+        ) from None
 
 
-def _explain(source: str, fault: Any) -> str:
-    key = ".".join(str(part) for part in fault["loc"])
+def _explain(kind: type[Section], source: str, fault: Any) -> str:
+    loc = fault["loc"]
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "extra_forbidden":
-        message = "unknown key; check the spelling"
+        message = f"unknown key; {_known_keys(kind, loc)}"
+    elif fault["type"] == "missing" and isinstance(loc[-1], int):
+        loc, message = loc[:-1], "has too few values"
     elif fault["type"] == "missing":
-        return f"{source}: {key}: is missing"
+        return f"{source}: {_dotted(loc)}: is missing"
     value = repr(fault["input"])
-    shown = f", got {value if len(value) <= 120 else value[:117] + '...'}" if key else ""
-    return f"{source}: {key + ': ' if key else ''}{message}{shown}"
+    whole_section = isinstance(fault["input"], dict) and fault["type"] == "value_error" and len(value) > 120
+    shown = "" if not loc or whole_section else f", got {value if len(value) <= 120 else value[:117] + '...'}"
+    return f"{source}: {_dotted(loc) + ': ' if loc else ''}{message}{shown}"
+
+
+def _dotted(loc: tuple[int | str, ...]) -> str:
+    return ".".join(str(part) for part in loc)
+
+
+def _known_keys(kind: type[Section], loc: tuple[int | str, ...]) -> str:
+    """What could have been meant by the last key of `loc`."""
+    sections = [kind]
+    for part in loc[:-1]:
+        fields = [section.model_fields[part] for section in sections if part in section.model_fields]
+        if fields:  # else an index, or a key of a dictionary: the sections stay the same
+            sections = [section for field in fields for section in _sections_in(field.annotation)]
+    known = [name for section in sections for name in section.model_fields]
+    near = difflib.get_close_matches(str(loc[-1]).lower(), known, n=1)
+    return f"did you mean {near[0]!r}" if near else f"known here are {', '.join(known)}"
+
+
+def _sections_in(annotation: Any) -> list[type[Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [section for part in get_args(annotation) for section in _sections_in(part)]
+
+
+def _fault_of_values(values: list[int]) -> str:
+    if min(values) < 0:
+        return f"{min(values)} is negative"
+    missing = sorted(set(range(max(values) + 1)) - set(values))
+    return f"{missing[0]} has no name" if missing else "two names share a value"
