@@ -76,7 +76,7 @@ def read_scores(path: Path) -> list[CaseRow]:
     """Read the rows of `write_scores`."""
     with path.open(newline="") as file:
         return [
-            CaseRow(**{field.name: field.type(row[field.name]) for field in fields(CaseRow)})  # type: ignore[operator,misc]
+            CaseRow(**{field.name: field.type(row[field.name]) for field in fields(CaseRow)})  # type: ignore[operator]
             for row in csv.DictReader(file)
         ]
 

@@ -8,15 +8,15 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from fedseg.config import Experiment
 from fedseg.errors import StoreError
-from fedseg.federated.checkpoint import load_state
+from fedseg.federated.checkpoint import load_state, write_durably
 from fedseg.federated.driver import Event, Fleet, run_federation
-from fedseg.federated.local import Ask, InProcessFleet, WorkerFleet
-from fedseg.federated.messages import Answer, RoundInstructions
+from fedseg.federated.local import InProcessFleet, WorkerFleet
 from fedseg.federated.rounds import ServerState
 from fedseg.federated.site import OpenSites, PooledSite, Site, answer_safely, start_state
 from fedseg.federated.store import RunStore
@@ -72,7 +72,8 @@ def simulate(
 
     Args:
         scenario: sites, experiment, methods and baselines.
-        output: receives `store.sqlite`, `checkpoints/`, `models/`, `scores.csv`, `result.json` and figures.
+        output: receives `store.sqlite`, `checkpoints/`, `models/`, `scores.csv`, `scenario.json`, `layout.json` and
+            `result.json`.
         machine: workers and devices.
         resume: go on with what the directory holds.
         show: is told of progress.
@@ -92,33 +93,19 @@ def simulate(
         )
     output.mkdir(parents=True, exist_ok=True)
     layout = _prepared(scenario, output, machine, show)
-    (output / "scenario.json").write_text(scenario.model_dump_json(indent=2) + "\n")
+    _write_json(output / "scenario.json", scenario.model_dump(mode="json"))
+    _write_json(output / "layout.json", layout.model_dump(mode="json"))
     for method in scenario.methods:
+        experiment = scenario.experiment_of(method)
         with _fleet(layout.sites, machine) as fleet:
-            _run(
-                scenario.experiment_of(method),
-                method,
-                output,
-                fleet,
-                resume,
-                lambda event, run=method: show.event(run, event),
-            )
-    jobs = _baselines(scenario, layout)
-    _run_baselines(jobs, scenario, output, machine, resume, show)
-    models = {method: scenario.experiment_of(method) for method in scenario.methods} | {
-        job.run: scenario.experiment for job in jobs
-    }
-    for run, experiment in models.items():
-        save_model_file(
-            output / "models" / f"{run}.safetensors",
-            experiment,
-            _final_state(output, run).weights,
-            f"{scenario.experiment.name}/{run}",
-        )
-    rows = _score_all(models, layout, output, machine, show)
+            state = _run(experiment, method, output, fleet, resume, partial(show.event, method))
+        save_model_file(_model(output, method), experiment, state.weights, f"{experiment.name}/{method}")
+    baselines = _baselines(scenario, layout)
+    _run_baselines(baselines, scenario.experiment, output, machine, resume, show)
+    rows = _score_all([*scenario.methods, *baselines], scenario.experiment, layout, output, machine, show)
     write_scores(output / "scores.csv", rows)
     result = summarise(scenario, layout, rows, output) | {"seconds": round(time.monotonic() - begun, 1)}
-    (output / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    _write_json(output / "result.json", result)
     return result
 
 
@@ -135,29 +122,50 @@ def discard(output: Path) -> None:
     shutil.rmtree(output)
 
 
-@dataclass(frozen=True)
-class _Baseline:
-    """A run with a single site: all cases pooled, or one site on its own."""
+def train_alone(
+    experiment: Experiment,
+    sites: Sequence[SiteConfig],
+    run: str,
+    output: Path,
+    *,
+    resume: bool = False,
+    observe: Callable[[Event], None] = lambda _event: None,
+) -> Path:
+    """Train without a federation: one site, or several with their cases pooled.
 
-    run: str
-    sites: tuple[SiteConfig, ...]
-    pooled: bool
-    experiment: Experiment
+    The same rounds, passes and learning rates as in the federation, but a single site, so that nothing is averaged.
 
-    def ask(self) -> Ask:
-        """A function that asks the one site."""
-        opened = [Site(config) for config in self.sites]
-        site = PooledSite(opened) if self.pooled else opened[0]
+    Args:
+        experiment: its `federation` section is used for rounds and local epochs only.
+        sites: whose cases to train on.
+        run: name of the run in the result directory.
+        output: receives the run and `models/<run>.safetensors`.
+        resume: go on with what the directory holds.
+        observe: is told what happens.
 
-        def ask(name: str, instructions: RoundInstructions) -> Answer:
-            return answer_safely(site, name, instructions)
+    Returns:
+        The model file.
+    """
+    plain = experiment.federation.model_copy(update=_ALONE)
+    experiment = experiment.model_copy(update={"federation": plain})
+    opened = [Site(config) for config in sites]
+    site = PooledSite(opened) if len(opened) > 1 else opened[0]
+    fleet = InProcessFleet([site.config.name], lambda name, instructions: answer_safely(site, name, instructions))
+    state = _run(experiment, run, output, fleet, resume, observe)
+    path = _model(output, run)
+    save_model_file(path, experiment, state.weights, f"{experiment.name}/{run}")
+    return path
 
-        return ask
 
-    @property
-    def site_name(self) -> str:
-        """The one site's name."""
-        return PooledSite.NAME if self.pooled else self.sites[0].name
+_ALONE: dict[str, Any] = {
+    "min_sites": 1,
+    "participation": 1.0,
+    "proximal_mu": 0.0,
+    "aggregate": "mean",
+    "server_optimizer": "average",
+    "server_learning_rate": 1.0,
+    "deadline": None,
+}
 
 
 def _prepared(scenario: Scenario, output: Path, machine: Machine, show: Show) -> Layout:
@@ -200,49 +208,48 @@ def _run(
         store.close()
 
 
-def _baselines(scenario: Scenario, layout: Layout) -> list[_Baseline]:
-    plain = {"min_sites": 1, "participation": 1.0, "proximal_mu": 0.0, "aggregate": "mean", "server_optimizer": "average",
-             "server_learning_rate": 1.0, "deadline": None}  # fmt: skip
-    federation = scenario.experiment.federation.model_copy(update=plain)
-    experiment = scenario.experiment.model_copy(update={"federation": federation})
-    jobs = []
+def _baselines(scenario: Scenario, layout: Layout) -> dict[str, tuple[SiteConfig, ...]]:
+    """The sites of each run without a federation."""
+    runs: dict[str, tuple[SiteConfig, ...]] = {}
     if "pooled" in scenario.baselines:
-        jobs.append(_Baseline("pooled", layout.sites, True, experiment))
+        runs["pooled"] = layout.sites
     if "local" in scenario.baselines:
-        jobs += [_Baseline(f"local-{site.name}", (site,), False, experiment) for site in layout.sites]
-    return jobs
-
-
-def _run_baseline(job: _Baseline, output: Path, resume: bool) -> None:
-    _run(job.experiment, job.run, output, InProcessFleet([job.site_name], job.ask()), resume, lambda event: None)
+        runs |= {f"local-{site.name}": (site,) for site in layout.sites}
+    return runs
 
 
 def _run_baselines(
-    jobs: list[_Baseline], scenario: Scenario, output: Path, machine: Machine, resume: bool, show: Show
+    runs: dict[str, tuple[SiteConfig, ...]],
+    experiment: Experiment,
+    output: Path,
+    machine: Machine,
+    resume: bool,
+    show: Show,
 ) -> None:
-    rounds = scenario.experiment.federation.rounds
-
     def watch() -> None:
-        query = "SELECT run, MAX(server_round) AS done FROM rounds GROUP BY run"
-        done = {row["run"]: row["done"] for row in store.rows(query)}
-        for job in jobs:
-            show.progress(job.run, done.get(job.run, 0), rounds)
+        done = {
+            row["run"]: row["done"]
+            for row in store.rows("SELECT run, MAX(server_round) AS done FROM rounds GROUP BY run")
+        }
+        for run in runs:
+            show.progress(run, done.get(run, 0), experiment.federation.rounds)
 
     store = RunStore(output)
+    calls = [(partial(train_alone, resume=resume), (experiment, sites, run, output)) for run, sites in runs.items()]
     try:
-        _in_parallel([(_run_baseline, (job, output, resume)) for job in jobs], machine.workers, watch)
+        _in_parallel(calls, machine.workers, watch)
     finally:
         store.close()
 
 
 def _score_all(
-    models: dict[str, Experiment], layout: Layout, output: Path, machine: Machine, show: Show
+    runs: Sequence[str], experiment: Experiment, layout: Layout, output: Path, machine: Machine, show: Show
 ) -> list[CaseRow]:
     """Score every model on the test cases of every site where it counts."""
     calls = []
-    for run, experiment in models.items():
+    for run in runs:
         sites = tuple(site for site in layout.sites if run in (f"local-{site.name}",)) or layout.sites
-        calls.append((score_model, (output / "models" / f"{run}.safetensors", run, experiment, sites, layout.test)))
+        calls.append((score_model, (_model(output, run), run, experiment, sites, layout.test)))
     finished = 0
 
     def watch() -> None:
@@ -295,3 +302,11 @@ def _final_state(output: Path, run: str) -> ServerState:
         return load_state(output / "checkpoints" / row["checkpoint"], row["checkpoint_sha256"])
     finally:
         store.close()
+
+
+def _model(output: Path, run: str) -> Path:
+    return output / "models" / f"{run}.safetensors"
+
+
+def _write_json(path: Path, document: object) -> None:
+    write_durably(path, (json.dumps(document, indent=2) + "\n").encode())

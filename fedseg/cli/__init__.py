@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from fedseg import __version__
-from fedseg.cli import data
+from fedseg.cli import data, experiment, models, predict, simulate, train
 from fedseg.errors import FedsegError
 
 app = typer.Typer(
@@ -17,7 +17,18 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Hospitals train one 3D segmentation network together; no volume leaves its hospital.",
 )
+for command in (
+    simulate.simulate,
+    simulate.results,
+    train.train,
+    predict.evaluate,
+    predict.predict,
+    models.models,
+    models.export,
+):
+    app.command()(command)
 app.add_typer(data.app, name="data")
+app.add_typer(experiment.app, name="experiment")
 
 
 @app.callback(invoke_without_command=True)

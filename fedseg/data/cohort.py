@@ -9,6 +9,7 @@ import glob
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -103,8 +104,8 @@ class PersonRule(Section):
         Raises:
             ConfigError: it is none of these.
         """
-        kind, _, rest = text.partition(":")
-        fields: dict[str, Any] = {"kind": kind}
+        kind, colon, rest = text.partition(":")
+        fields: dict[str, Any] = {"kind": kind if kind in ("pattern", "column") or not colon else text}
         if kind == "pattern":
             fields["pattern"] = rest
         elif kind == "column":
@@ -113,9 +114,9 @@ class PersonRule(Section):
         try:
             return cls(**fields)
         except ValidationError as error:
+            told = error.errors()[0]["msg"].removeprefix("Value error, ")
             raise ConfigError(
-                f"person rule {text!r}: {error.errors()[0]['msg']}; "
-                "use case, pairs, pattern:REGEX or column:FILE[:CASE_COLUMN:PERSON_COLUMN]"
+                f"person rule {text!r}: {told}; use case, pairs, pattern:REGEX or column:FILE[:CASE_COLUMN:PERSON_COLUMN]"
             ) from None
 
     def persons(self, names: Sequence[str], root: Path) -> dict[str, str]:
@@ -151,9 +152,16 @@ class PersonRule(Section):
                 missing = [name for name in (self.case_column, self.person_column) if name not in headings]
                 if missing:
                     raise DataError(f"{path}: no column {missing[0]!r}; its columns are {headings}")
-                return {row[self.case_column]: (row[self.person_column] or "").strip() for row in rows}
+                pairs = [
+                    ((row[self.case_column] or "").strip(), (row[self.person_column] or "").strip()) for row in rows
+                ]
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise DataError(f"{path}: not a readable table: {error}") from error
+        table: dict[str, str] = {}
+        for case, person in pairs:
+            if table.setdefault(case, person) != person:
+                raise DataError(f"{path}: case {case!r} belongs to two persons, {table[case]!r} and {person!r}")
+        return table
 
 
 def read_cohort(path: Path, person: PersonRule | None = None) -> Cohort:
@@ -212,6 +220,24 @@ def split_by_person(cohort: Cohort, fraction: float, seed: int, minimum: int = 1
     )
 
 
+def list_images(path: Path) -> dict[str, tuple[Path, ...]]:
+    """Images to be segmented, by name of case: one file, the files of a folder, or those of a cohort.
+
+    Args:
+        path: a NIfTI file; a folder of them, where `CASE_0000`, `CASE_0001`, ... are channels; or a cohort.
+
+    Raises:
+        DataError: there is no such path, or no image in it.
+    """
+    if path.is_file():
+        return {_stem(path): (path,)}
+    if not path.is_dir():
+        raise DataError(f"{path}: no such file or folder")
+    if _niftis(path):
+        return {name: images for name, (images, _) in _cases_of_folders(path, path / "labels").items()}
+    return {case.name: case.images for case in read_cohort(path).cases}
+
+
 Files = dict[str, tuple[tuple[Path, ...], Path | None]]
 
 
@@ -239,33 +265,57 @@ def _listed_cases(root: Path, listed: list[Any]) -> Files:
         if not Path(image).name.startswith("._"):
             pairs[_channel_files(root / image)] = root / label if label else None
     stems = [_case_stem(images[0]) for images in pairs]
+    often = Counter(stems)
     files: Files = {}
     for stem, (images, label_path) in zip(stems, pairs.items(), strict=True):
-        unique = stem if stems.count(stem) == 1 else "_".join((*images[0].relative_to(root).parts[:-1], stem))
+        unique = stem if often[stem] == 1 else _name_with_folders(images[0], root)
+        if unique in files:
+            raise DataError(f"{root / 'dataset.json'}: training: two cases would be called {unique!r}")
         files[unique] = (images, label_path)
     return files
+
+
+def _name_with_folders(path: Path, root: Path) -> str:
+    folders = path.parent.relative_to(root) if path.is_relative_to(root) else path.parent
+    return "_".join((*(part.strip("/") for part in folders.parts if part.strip("/")), _case_stem(path)))
 
 
 def _channel_files(path: Path) -> tuple[Path, ...]:
     """The listed file or, as nnU-Net has it, the `_0000`, `_0001`, ... files that stand for it."""
     if not path.exists() and path.parent.is_dir():
-        channels = sorted(path.parent.glob(f"{glob.escape(_stem(path))}_[0-9][0-9][0-9][0-9].nii*"))
-        return tuple(channels) or (path,)
+        return _all_channels(path.parent.glob(f"{glob.escape(_stem(path))}_[0-9][0-9][0-9][0-9].nii*")) or (path,)
     return (path,)
+
+
+def _all_channels(files: Iterable[Path]) -> tuple[Path, ...]:
+    """Files `_0000`, `_0001`, ... in order; a missing one in between keeps its place, so that it is missed."""
+    numbered = {int(match["channel"]): path for path in files if (match := _CHANNEL.fullmatch(_stem(path)))}
+    if not numbered:
+        return ()
+    first = min(numbered)
+    name, ending = _stem(numbered[first])[:-4], numbered[first].name.removeprefix(_stem(numbered[first]))
+    return tuple(numbered.get(n, numbered[first].with_name(f"{name}{n:04d}{ending}")) for n in range(max(numbered) + 1))
 
 
 def _cases_of_folders(images: Path, labels: Path) -> Files:
     """Cases of an image and a label folder; a label without image and the reverse are cases too."""
     label_files = {_stem(path): path for path in _niftis(labels)}
+    image_files = _niftis(images)
+    plain = any(_stem(path) in label_files for path in image_files)
+    whole: dict[str, Path] = {}
     channels: dict[str, list[Path]] = {}
-    for path in _niftis(images):
+    for path in image_files:
         stem = _stem(path)
         numbered = _CHANNEL.fullmatch(stem)
-        name = numbered["case"] if numbered and stem not in label_files else stem
-        channels.setdefault(name, []).append(path)
-    return {
-        name: (tuple(sorted(channels.get(name, []))), label_files.get(name)) for name in {**channels, **label_files}
-    }
+        # A name such as scan_0007 is a case of its own, and not channel 7 of `scan`, where labels are called like it.
+        if numbered and stem not in label_files and (numbered["case"] in label_files or not plain):
+            channels.setdefault(numbered["case"], []).append(path)
+        elif stem in whole:
+            raise DataError(f"{images}: {whole[stem].name} and {path.name} are the same case; remove one")
+        else:
+            whole[stem] = path
+    found = {name: _all_channels(paths) for name, paths in channels.items()} | {n: (p,) for n, p in whole.items()}
+    return {name: (found.get(name, ()), label_files.get(name)) for name in {**found, **label_files}}
 
 
 def _niftis(folder: Path) -> list[Path]:

@@ -3,7 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fedseg.config import Experiment, parse_experiment
+from fedseg.data.augment import mirror_pairs
 from fedseg.data.cohort import Cohort, read_cohort, split_by_person
 from fedseg.data.patches import Batch, PatchSampler
 from fedseg.data.preprocess import PreparedCase, PreparedCohort, prepare_cohort, require_enough
@@ -51,6 +52,8 @@ class Site:
 
     def __init__(self, config: SiteConfig) -> None:
         self.config = config
+        self.parts = 1
+        """As many steps as so many sites take in an epoch, where the experiment says how many that are."""
         self._data: dict[str, SiteData] = {}
 
     def __call__(self, instructions: RoundInstructions) -> SiteUpdate:
@@ -121,13 +124,16 @@ class Site:
         server_round: int,
         device: torch.device,
     ) -> dict[str, float]:
-        federation, name = experiment.federation, self.config.name
-        sampler = PatchSampler(cases, experiment.training, derive_seed(experiment.seed, "patches", name))
+        federation, training, name = experiment.federation, experiment.training, self.config.name
+        if training.steps_per_epoch is not None:
+            training = training.model_copy(update={"steps_per_epoch": training.steps_per_epoch * self.parts})
+        patches_seed = derive_seed(experiment.seed, "patches", name)
+        sampler = PatchSampler(cases, training, patches_seed, mirror_pairs(experiment.task.labels))
         seed_everything(derive_seed(experiment.seed, "training", server_round, name))
         report = train_locally(
             model,
             _epochs(sampler, (server_round - 1) * federation.local_epochs, federation.local_epochs),
-            experiment.training,
+            training,
             anchor=anchor_of(model) if federation.proximal_mu else None,
             proximal_mu=federation.proximal_mu,
             progress=(server_round - 1) / federation.rounds,
@@ -144,7 +150,8 @@ class Site:
 class PooledSite(Site):
     """All sites' cases in one place, each in the part (training, validation) that it has at its own site.
 
-    The yardstick that hospitals cannot have; only a simulation can make it.
+    An epoch has as many steps as all sites' epochs together. The yardstick that hospitals cannot have; only a
+    simulation can make it.
     """
 
     NAME = "pooled"
@@ -152,15 +159,25 @@ class PooledSite(Site):
     def __init__(self, sites: Sequence[Site]) -> None:
         super().__init__(sites[0].config.model_copy(update={"name": self.NAME}))
         self._sites = tuple(sites)
+        self.parts = len(sites)
 
     def prepare(self, experiment: Experiment, *, progress: bool = False) -> SiteData:
         """Join what the sites prepare."""
         parts = [site.prepare(experiment, progress=progress) for site in self._sites]
         return SiteData(
-            _join([part.training for part in parts]),
-            _join([part.validation for part in parts]),
+            self._join([part.training for part in parts]),
+            self._join([part.validation for part in parts]),
             sum(part.num_listed for part in parts),
         )
+
+    def _join(self, cohorts: Sequence[PreparedCohort]) -> PreparedCohort:
+        """Names get their site's in front: two sites may use the same ones."""
+        cases: list[PreparedCase] = []
+        quarantined: dict[str, str] = {}
+        for site, cohort in zip(self._sites, cohorts, strict=True):
+            cases += [replace(case, name=f"{site.config.name}/{case.name}") for case in cohort.cases]
+            quarantined |= {f"{site.config.name}/{case}": reason for case, reason in cohort.quarantined.items()}
+        return PreparedCohort(tuple(cases), quarantined)
 
 
 def answer_safely(site: AnswerRound, name: str, instructions: RoundInstructions) -> Answer:
@@ -230,11 +247,6 @@ def warm_model(document: str, device: torch.device) -> nn.Module:
 @lru_cache(maxsize=4)
 def _parsed(document: str) -> Experiment:
     return parse_experiment(document)
-
-
-def _join(cohorts: Sequence[PreparedCohort]) -> PreparedCohort:
-    cases = tuple(case for cohort in cohorts for case in cohort.cases)
-    return PreparedCohort(cases, {name: reason for cohort in cohorts for name, reason in cohort.quarantined.items()})
 
 
 def _epochs(sampler: PatchSampler, first: int, count: int) -> Iterator[Batch]:

@@ -1,0 +1,180 @@
+"""`fedseg predict` and `fedseg evaluate`: a trained network on new images, and on cases with a reference."""
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from fedseg.evaluation import Evaluation
+
+MODEL_HELP = "Model file, or a result directory: its federated model."
+DEVICE_HELP = "cpu, cuda, cuda:1 or auto."
+
+
+def predict(
+    model: Annotated[Path, typer.Argument(help=MODEL_HELP)],
+    images: Annotated[
+        Path,
+        typer.Argument(help="NIfTI file; or a folder of them, CASE_0000.nii.gz per channel; or a cohort's folder."),
+    ],
+    output: Annotated[Path, typer.Argument(help="Label file to write; a folder if IMAGES is one.")],
+    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
+    mirror: Annotated[
+        bool, typer.Option(help="Average over eight flips: a little better, eight times slower.")
+    ] = False,
+    overlap: Annotated[
+        float | None, typer.Option(min=0, max=0.95, help="Overlap of windows; absent: the experiment's.")
+    ] = None,
+) -> None:
+    """Segment images; each label is written on its image's own grid."""
+    from rich.console import Console
+    from rich.progress import track
+
+    from fedseg.data.cohort import list_images
+    from fedseg.data.preprocess import prepare_image, restore
+    from fedseg.data.volume import write_label
+    from fedseg.device import configure, pick_device
+    from fedseg.errors import CaseError, DataError
+    from fedseg.inference import predict_logits
+    from fedseg.model_file import load_model_file
+
+    experiment, network = load_model_file(model)
+    cases = list_images(images)
+    if not images.is_dir() and not output.name.endswith((".nii", ".nii.gz")):
+        raise DataError(f"{output}: a label file must end in .nii or .nii.gz")
+    place = pick_device(device)
+    configure(threads=_cores())
+    network.to(place)
+    console, failed = Console(stderr=True), 0
+    shown: Iterable[tuple[str, tuple[Path, ...]]] = cases.items()
+    if len(cases) > 1:
+        shown = track(cases.items(), description="Segmenting", console=console)
+    for name, files in shown:
+        try:
+            case = prepare_image(files, experiment.task, experiment.data)
+        except CaseError as error:
+            console.print(
+                f"{name}: not segmented ({error.reason}): {error}", style="red", markup=False, highlight=False
+            )
+            failed += 1
+            continue
+        logits_KDHW = predict_logits(
+            network,
+            case.image,
+            experiment.training.patch_size,
+            overlap=experiment.evaluation.overlap if overlap is None else overlap,
+            device=place,
+            precision=experiment.training.precision,
+            mirror=mirror,
+        )
+        path = output / f"{name}.nii.gz" if images.is_dir() else output
+        write_label(path, restore(logits_KDHW.numpy(), case.geometry), case.geometry.source)
+    typer.echo(f"{len(cases) - failed} of {len(cases)} labels written to {output}; values: {experiment.task.labels}")
+    if failed:
+        raise typer.Exit(1)
+
+
+def evaluate(
+    model: Annotated[Path, typer.Argument(help=MODEL_HELP)],
+    data: Annotated[Path, typer.Argument(help="Folder with labelled cases.")],
+    person: Annotated[
+        str, typer.Option(help="Who is one person: case, pairs, pattern:REGEX or column:FILE[:CASE:PERSON].")
+    ] = "case",
+    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
+    csv: Annotated[Path | None, typer.Option(help="Also write the scores of each case to this file.")] = None,
+) -> None:
+    """Score a network on labelled cases: Dice, HD95 and surface Dice in mm, per structure."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from fedseg.data.cohort import PersonRule, read_cohort
+    from fedseg.data.preprocess import prepare_cohort
+    from fedseg.device import configure, pick_device
+    from fedseg.errors import DataError
+    from fedseg.evaluation import evaluate as score
+    from fedseg.model_file import load_model_file
+    from fedseg.site.config import default_cache
+
+    experiment, network = load_model_file(model)
+    cohort = read_cohort(data, PersonRule.parse(person))
+    configure(threads=_cores())
+    console = Console()
+    prepared = prepare_cohort(cohort, experiment.task, experiment.data, Path(default_cache()), progress=True)
+    if not prepared.cases:
+        reasons = sorted(set(prepared.quarantined.values()))
+        raise DataError(f"{data}: none of {len(cohort.cases)} cases can be used: {', '.join(reasons)}")
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("Scoring", total=len(prepared.cases))
+        found = score(
+            network,
+            prepared.cases,
+            experiment.task.structures,
+            experiment.evaluation,
+            experiment.training.patch_size,
+            device=pick_device(device),
+            precision=experiment.training.precision,
+            surface=True,
+            on_case=lambda done, _score: progress.update(task, completed=done),
+        )
+    console.print(_score_table(found))
+    if prepared.quarantined:
+        console.print(
+            f"not scored: {len(prepared.quarantined)} cases; `fedseg data check {data}` tells why", highlight=False
+        )
+    if csv is not None:
+        _write_csv(csv, found)
+        console.print(f"scores of each case: {csv}", highlight=False)
+
+
+def _score_table(found: "Evaluation") -> Any:
+    from rich.table import Table
+
+    from fedseg.metrics import bootstrap_ci
+
+    low, high = bootstrap_ci(found.by_person())
+    worst = found.worst()
+    table = Table(title=f"{len(found.cases)} cases of {len(found.by_person())} persons", title_justify="left")
+    for heading in ("structure", "Dice", "HD95 mm", "surface Dice"):
+        table.add_column(heading, justify="left" if heading == "structure" else "right")
+    means = {metric: found.label_means(metric) for metric in ("dice", "hd95", "surface_dice")}
+    for name in means["dice"]:
+        table.add_row(
+            name, f"{means['dice'][name]:.3f}", f"{means['hd95'][name]:.2f}", f"{means['surface_dice'][name]:.3f}"
+        )
+    table.add_section()
+    table.add_row("mean", f"{found.dice_mean():.3f}", f"{found.hd95_mean():.2f}", f"{found.surface_dice_mean():.3f}")
+    table.caption = (
+        f"Dice 95 % interval over persons {low:.3f} to {high:.3f}; worst tenth of cases up to {found.p10():.3f}; "
+        f"failed (a structure below 0.5) {100 * found.failure_rate():.0f} %"
+        + (f"; worst case {worst.name}, {worst.dice:.3f}" if worst else "")
+    )
+    table.caption_justify = "left"
+    return table
+
+
+def _write_csv(path: Path, found: "Evaluation") -> None:
+    import csv as table
+    from dataclasses import asdict
+
+    aside = path.with_name(f".{path.name}.part")
+    with aside.open("w", newline="") as file:
+        writer: Any = None
+        for case in found.cases:
+            for label, score in case.labels.items():
+                row = {"case": case.name, "person": case.person, "label": label, **asdict(score)}
+                if writer is None:
+                    writer = table.DictWriter(file, list(row))
+                    writer.writeheader()
+                writer.writerow(
+                    {key: "" if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
+                )
+    aside.replace(path)
+
+
+def _cores() -> int:
+    from fedseg.cli.simulate import usable_cores
+
+    return usable_cores()

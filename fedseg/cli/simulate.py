@@ -1,0 +1,91 @@
+"""`fedseg simulate` and `fedseg results`: federations on one machine, and how their methods compare."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def simulate(
+    scenario: Annotated[Path, typer.Argument(help="Scenario file: an experiment, and the sites to imagine.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Result directory; absent: runs/<scenario file's name>.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Worker processes; absent: one per core. Results do not depend on it.")
+    ] = None,
+    device: Annotated[
+        list[str] | None, typer.Option(help="cpu, cuda, cuda:1, auto; give several to deal them out to the sites.")
+    ] = None,
+    threads: Annotated[
+        int, typer.Option(min=1, help="CPU threads per site; part of what makes results repeatable.")
+    ] = 1,
+    engine: Annotated[str, typer.Option(help="local, or flower: Flower's simulation on Ray.")] = "local",
+    seed: Annotated[int | None, typer.Option(min=0, help="Replaces the experiment's seed.")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Replaces the experiment's number of rounds.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with what the result directory holds.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Discard what the result directory holds.")] = False,
+) -> None:
+    """Simulate a federation: train it, its pooled and local-only counterparts, and compare them."""
+    from rich.console import Console
+
+    from fedseg.cli.display import RoundsDisplay
+    from fedseg.device import pick_device
+    from fedseg.errors import ConfigError
+    from fedseg.report.figures import draw_figures
+    from fedseg.scenario import load_scenario
+    from fedseg.simulation import Machine, discard
+    from fedseg.simulation import simulate as run
+
+    if engine not in ("local", "flower"):
+        raise ConfigError(f"--engine must be local or flower, got {engine!r}")
+    if resume and overwrite:
+        raise ConfigError("--resume goes on with results and --overwrite discards them; give one of the two")
+    output = output or Path("runs") / scenario.stem
+    wanted = load_scenario(scenario, seed=seed, rounds=rounds)
+    devices = tuple(str(pick_device(name)) for name in device or ["auto"])
+    machine = Machine(workers or usable_cores(), devices, threads, engine)  # type: ignore[arg-type]
+    if overwrite:
+        discard(output)
+    console = Console()
+    with RoundsDisplay(console, wanted.experiment.federation.rounds) as display:
+        result = run(wanted, output, machine, resume=resume, show=display)
+        pictures = draw_figures(output, lambda done, total: display.progress("pictures", done, total))
+    _show([result])
+    console.print(
+        f"{result['seconds']:.0f} s. Results: {output / 'result.json'}, {output / 'scores.csv'}", highlight=False
+    )
+    console.print("Pictures: " + ", ".join(str(picture) for picture in pictures), highlight=False, soft_wrap=True)
+
+
+def results(
+    directories: Annotated[
+        list[Path], typer.Argument(help="Result directories; several of one study become mean ± SD.")
+    ],
+) -> None:
+    """Show the comparison of finished simulations again, or over several seeds."""
+    from fedseg.report.tables import load_result
+
+    _show([load_result(directory) for directory in directories])
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    import os
+
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _show(found: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+
+    from fedseg.errors import ConfigError
+    from fedseg.report.tables import method_table, site_table
+
+    names = {result["name"] for result in found}
+    if len(names) > 1:
+        raise ConfigError(f"results of different studies cannot be averaged: {', '.join(sorted(names))}")
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    console.print(method_table(found), site_table(found), sep="\n")

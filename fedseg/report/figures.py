@@ -1,0 +1,203 @@
+"""Pictures of a finished simulation: learning curves, sites side by side, and segmentations beside their reference."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from fedseg.federated.store import RunStore
+from fedseg.report.tables import Result, load_result
+from fedseg.scores import CaseRow, mean, read_scores
+
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#f0e442")
+"""Okabe and Ito's, which colour-blind people can tell apart."""
+POOLED, LOCAL = "#333333", "#999999"
+STRUCTURES = ("#ff5d5d", "#51d88a", "#5fa8ff", "#ffd54a", "#d88cff", "#4de0e0", "#ff9be0", "#b5e655")
+OVERLAY_ROWS = 5
+
+
+def draw_figures(output: Path, progress: Callable[[int, int], None] = lambda _done, _total: None) -> list[Path]:
+    """Draw `curves.png`, `sites.png` and `segmentations.png` into a result directory.
+
+    Args:
+        output: a result directory of `fedseg simulate`.
+        progress: called with the number of pictures that are done and their total.
+
+    Raises:
+        StoreError: the directory holds no finished simulation.
+    """
+    result = load_result(output)
+    jobs: list[tuple[str, Callable[[], Figure]]] = [
+        ("curves.png", lambda: _curves(output, result)),
+        ("sites.png", lambda: _sites(result)),
+        ("segmentations.png", lambda: _segmentations(output, result)),
+    ]
+    paths = []
+    for number, (name, draw) in enumerate(jobs):
+        progress(number, len(jobs))
+        paths.append(_save(draw(), output / name))
+    progress(len(jobs), len(jobs))
+    return paths
+
+
+def _curves(output: Path, result: Result) -> Figure:
+    """Mean validation Dice over rounds, with the range over sites as a band."""
+    figure, axis = _figure(7.5, 4.2)
+    for method, colour in _colours(result).items():
+        runs = [f"local-{site}" for site in result["sites"]] if method == "local" else [method]
+        rounds, dice = _dice_by_round(output, runs)
+        if not rounds:
+            continue
+        dashed = "--" if method in ("pooled", "local") else "-"
+        axis.plot(
+            rounds, [mean(values) for values in dice], dashed, color=colour, label=method, linewidth=2, marker="o", ms=3
+        )
+        if method not in ("pooled", "local") and len(result["headline"]) == 1:
+            axis.fill_between(
+                rounds, [min(v) for v in dice], [max(v) for v in dice], color=colour, alpha=0.15, linewidth=0
+            )
+    axis.set(
+        xlabel="round", ylabel="mean Dice on the sites' validation cases", title=f"{result['name']}: learning curves"
+    )
+    axis.set_ylim(0, 1)
+    axis.legend(frameon=False, loc="lower right")
+    return figure
+
+
+def _dice_by_round(output: Path, runs: Sequence[str]) -> tuple[list[int], list[list[float]]]:
+    found: dict[int, list[float]] = {}
+    for run in runs:
+        store = RunStore(output, run)
+        try:
+            for server_round, by_site in store.metrics("dice").items():
+                found.setdefault(server_round, []).extend(by_site.values())
+        finally:
+            store.close()
+    rounds = sorted(found)
+    return rounds, [found[number] for number in rounds]
+
+
+def _sites(result: Result) -> Figure:
+    """Final Dice of every method at every site."""
+    sites, colours = list(result["sites"]), _colours(result)
+    figure, axis = _figure(max(6.0, 1.1 * len(sites) + 2), 4.2)
+    width = 0.8 / len(colours)
+    for number, (method, colour) in enumerate(colours.items()):
+        dice = [result["final"][method]["sites"][site] for site in sites]
+        at = np.arange(len(sites)) + (number - (len(colours) - 1) / 2) * width
+        axis.bar(at, dice, width * 0.92, color=colour, label=method)
+    labels = [f"{site}\n{result['sites'][site]['training_cases']} cases" for site in sites]
+    axis.set_xticks(range(len(sites)), labels)
+    lowest = min(dice for method in colours for dice in result["final"][method]["sites"].values())
+    axis.set_ylim(max(0.0, np.floor(10 * lowest - 0.5) / 10), 1)
+    axis.set(ylabel="mean Dice", title=f"{result['name']}: who gains (scored on {result['test']})")
+    axis.legend(frameon=False, ncols=len(colours), loc="upper center", fontsize=8)
+    return figure
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """One section of a case with one segmentation on it."""
+
+    title: str
+    image: NDArray[np.float32]
+    label: NDArray[Any]
+
+
+def _segmentations(output: Path, result: Result) -> Figure:
+    """Some test cases from worst to best: the reference, and what local, federated and pooled training make of it."""
+    from fedseg.scenario import Layout
+
+    layout = Layout.model_validate_json((output / "layout.json").read_text())
+    method = next(iter(result["headline"]))
+    rows = [
+        _panels(output, layout, method, site, case)
+        for site, case in _choose(read_scores(output / "scores.csv"), method)
+    ]
+    figure = Figure(figsize=(2.6 * len(rows[0]), 2.75 * len(rows)), facecolor="black", layout="constrained")
+    axes = figure.subplots(len(rows), len(rows[0]), squeeze=False)
+    for axis, panel in zip(axes.flat, (panel for row in rows for panel in row), strict=True):
+        axis.set_axis_off()
+        axis.set_title(panel.title, color="white", fontsize=8)
+        low, high = np.quantile(panel.image, [0.01, 0.995])
+        axis.imshow(panel.image[::-1, ::-1], cmap="gray", vmin=low, vmax=high, interpolation="bicubic")
+        for value in np.unique(panel.label[panel.label > 0]):
+            colour = STRUCTURES[(int(value) - 1) % len(STRUCTURES)]
+            axis.contour(panel.label[::-1, ::-1] == value, levels=[0.5], colors=[colour], linewidths=1.3)
+    return figure
+
+
+def _choose(rows: Sequence[CaseRow], method: str) -> list[tuple[str, str]]:
+    """Sites in turn, with cases from the federation's worst to its best."""
+    sites = list(dict.fromkeys(row.site for row in rows if row.run == method))
+    sites = [sites[index] for index in np.unique(np.linspace(0, len(sites) - 1, OVERLAY_ROWS).astype(int))]
+    chosen = []
+    for number, site in enumerate(sites):
+        dice: dict[str, list[float]] = {}
+        for row in rows:
+            if row.run == method and row.site == site:
+                dice.setdefault(row.case, []).append(row.dice)
+        ranked = sorted(dice, key=lambda case: mean(dice[case]))
+        chosen.append((site, ranked[int((number + 0.5) / len(sites) * len(ranked))]))
+    return chosen
+
+
+def _panels(output: Path, layout: Any, method: str, site: str, case_name: str) -> list[_Panel]:
+    from fedseg.data.preprocess import prepare_case
+    from fedseg.federated.site import Site
+    from fedseg.inference import predict_label
+    from fedseg.metrics import score_case
+    from fedseg.model_file import load_model_file
+
+    owner = layout.test or next(config for config in layout.sites if config.name == site)
+    case = Site(owner).cohort().subset([case_name]).cases[0]
+    panels: list[_Panel] = []
+    reference, prepared, index = None, None, 0
+    for title, run in ((f"{site} alone", f"local-{site}"), (method, method), ("pooled", "pooled")):
+        path = output / "models" / f"{run}.safetensors"
+        if not path.exists():
+            continue
+        experiment, model = load_model_file(path)
+        if prepared is None or reference is None:
+            prepared = prepare_case(case, experiment.task, experiment.data)
+            reference = prepared.label
+            assert reference is not None
+            index = int(np.argmax([len(np.unique(section)) * 1e6 + (section > 0).sum() for section in reference]))
+            panels.append(_Panel(f"{site}: {case_name}, reference", prepared.image[0, index], reference[index]))
+        label = predict_label(
+            model, prepared.image, experiment.training.patch_size, overlap=experiment.evaluation.overlap
+        )
+        scores = score_case(label, reference, prepared.spacing, experiment.task.structures, surface=False)
+        dice = mean(score.dice for score in scores.values())
+        panels.append(_Panel(f"{title}: Dice {dice:.2f}", prepared.image[0, index], label[index]))
+    return panels
+
+
+def _colours(result: Result) -> dict[str, str]:
+    """The methods that a figure shows, baselines first."""
+    shown = {"local": LOCAL, "pooled": POOLED}
+    colours = {name: colour for name, colour in shown.items() if name in result["final"]}
+    return colours | {method: COLOURS[number % len(COLOURS)] for number, method in enumerate(result["headline"])}
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(axis="y", alpha=0.25)
+    axis.set_axisbelow(True)
+    return figure, axis
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    aside = path.with_name(f".{os.getpid()}-{path.name}")
+    figure.savefig(aside, dpi=130, format="png")
+    aside.replace(path)
+    return path
