@@ -111,11 +111,14 @@ class _ExactSum:
         """The sum times a factor; with or without carries, the integer sum is rounded to float64 once."""
         if self._high is not None:
             self.carry()
-        total = self._low.astype(np.float64)
-        if self._high is not None:
-            total += self._high * 2.0**LOW_BITS
-        total *= factor * 2.0**-FRACTION_BITS
-        return total.astype(np.float32).reshape(self._shape)
+        scaled = np.empty(self._low.size, np.float32)
+        for start in range(0, scaled.size, CHUNK):
+            part = slice(start, start + CHUNK)
+            total = self._low[part].astype(np.float64)
+            if self._high is not None:
+                total += self._high[part] * 2.0**LOW_BITS
+            scaled[part] = total * (factor * 2.0**-FRACTION_BITS)
+        return scaled.reshape(self._shape)
 
 
 class RobustMean:

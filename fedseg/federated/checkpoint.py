@@ -1,16 +1,11 @@
 """A `ServerState` on disk: tensors and a JSON header in one safetensors file, written aside, synced and renamed."""
 
 import hashlib
-import json
 import os
 from pathlib import Path
 
-import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load as load_tensors
-from safetensors.numpy import save as save_tensors
-
 from fedseg.errors import StoreError
+from fedseg.federated.document import Buffer, pack, unpack
 from fedseg.federated.faults import reach
 from fedseg.federated.rounds import ServerState
 from fedseg.federated.weights import Weights
@@ -35,14 +30,16 @@ def save_state(path: Path, state: ServerState) -> str:
         "buffers": sorted(state.buffers),
         "norms": [value.hex() for value in state.norms],
     }
-    tensors = {f"weights/{name}": np.asarray(array, order="C") for name, array in state.weights.items()}
-    for kind, moment in state.moments.items():
-        tensors |= {f"{kind}/{name}": np.asarray(array, order="C") for name, array in moment.items()}
-    data = save_tensors(tensors, metadata={"fedseg": json.dumps(header)})
+    groups = {"weights": state.weights, **state.moments}
+    tensors = {f"{kind}/{name}": array for kind, group in groups.items() for name, array in group.items()}
+    buffers = pack(tensors, header)
+    sha256 = hashlib.sha256()
+    for buffer in buffers:
+        sha256.update(buffer)
     reach("checkpoint-begun")
-    write_durably(path, data)
+    write_durably(path, *buffers)
     reach("checkpoint-renamed")
-    return hashlib.sha256(data).hexdigest()
+    return sha256.hexdigest()
 
 
 def load_state(path: Path, sha256: str | None = None) -> ServerState:
@@ -59,10 +56,9 @@ def load_state(path: Path, sha256: str | None = None) -> ServerState:
         data = path.read_bytes()
         if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
             raise StoreError(f"{path}: is damaged: its SHA-256 is not the one in the run store")
-        size = int.from_bytes(data[:8], "little")
-        header = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["fedseg"])
+        header, tensors = unpack(data)
         groups: dict[str, Weights] = {}
-        for name, array in load_tensors(data).items():
+        for name, array in tensors.items():
             kind, _, tensor = name.partition("/")
             groups.setdefault(kind, {})[tensor] = array
         if header["format"] != FORMAT:
@@ -79,15 +75,15 @@ def load_state(path: Path, sha256: str | None = None) -> ServerState:
         )
     except FileNotFoundError:
         raise StoreError(f"{path}: no such checkpoint") from None
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise StoreError(f"{path}: not a readable checkpoint: {type(error).__name__}: {error}") from error
 
 
-def write_durably(path: Path, data: bytes) -> None:
+def write_durably(path: Path, *buffers: Buffer) -> None:
     """Write a file aside, sync it, and rename it into place; a crash leaves the old file or the new one."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     with aside.open("wb") as file:
-        file.write(data)
+        file.writelines(buffers)
         file.flush()
         os.fsync(file.fileno())
     reach("checkpoint-written")

@@ -37,7 +37,7 @@ def put_weights(model: nn.Module, weights: Mapping[str, FloatArray]) -> None:
                 raise ModelError(
                     f"the weights are of another network: {name} has shape {weights[name].shape}, not {tuple(tensor.shape)}"
                 )
-            tensor.copy_(torch.from_numpy(np.asarray(weights[name], order="C")))
+            tensor.copy_(torch.from_numpy(np.require(weights[name], requirements=["C", "W", "A"])))
 
 
 def buffer_names(model: nn.Module) -> frozenset[str]:

@@ -11,6 +11,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Self
 
+from fedseg.federated.mailbox import Mailbox
 from fedseg.federated.messages import Answer, RoundInstructions, SiteFailure, SiteUpdate
 
 Ask = Callable[[str, RoundInstructions], Answer]
@@ -50,6 +51,8 @@ class InProcessFleet:
 class _Worker:
     process: BaseProcess
     pipe: Connection
+    outbox: Mailbox
+    """For its updates."""
     site: str | None = None
     """The site it is working for."""
     briefed: bool = False
@@ -59,9 +62,9 @@ class _Worker:
 class WorkerFleet:
     """Asks sites in worker processes; any worker can be any site.
 
-    A worker keeps its network and the volumes that it has opened from round to round. Only bytes cross the pipes, in the
-    format of `fedseg.federated.messages`; a worker gets the instructions once per round. At most one update per worker
-    exists at a time, so memory does not grow with the federation.
+    A worker keeps its network and the volumes that it has opened from round to round. Only bytes go from process to
+    process, in the format of `fedseg.federated.messages`; the instructions are written once per round for all workers. At
+    most one update per worker exists at a time, so memory does not grow with the federation.
 
     Args:
         sites: names of the sites.
@@ -80,6 +83,7 @@ class WorkerFleet:
         self._sites, self._make_ask = tuple(sites), make_ask
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(list(preload))
+        self._instructions = Mailbox()
         self._workers = [self._start() for _ in range(min(workers, len(sites)))]
 
     def sites(self) -> Sequence[str]:
@@ -91,11 +95,11 @@ class WorkerFleet:
     ) -> Iterator[Answer]:
         """Spread the sites over the workers; a worker that is busy at the deadline is ended and replaced."""
         end = None if deadline is None else time.monotonic() + deadline
-        data, waiting = instructions.encode(), list(sites)
+        size, waiting = self._instructions.write(*instructions.buffers()), list(sites)
         for worker in self._workers:
             worker.briefed = False
         try:
-            self._assign(waiting, data)
+            self._assign(waiting, size)
             while busy := [worker for worker in self._workers if worker.site is not None]:
                 left = None if end is None else max(0.0, end - time.monotonic())
                 ready = wait([worker.pipe for worker in busy], left)
@@ -105,7 +109,7 @@ class WorkerFleet:
                     if worker.pipe in ready:
                         answer = self._receive(worker, instructions.server_round)
                         if end is None or time.monotonic() < end:
-                            self._assign(waiting, data)
+                            self._assign(waiting, size)
                         yield answer
             late = [worker.site for worker in self._workers if worker.site is not None] + waiting
             yield from (SiteFailure(site, instructions.server_round, "late", "deadline") for site in sorted(late))
@@ -118,6 +122,9 @@ class WorkerFleet:
         """End the workers."""
         for worker in self._workers:
             _end(worker)
+        if self._workers:
+            self._instructions.close()
+        self._workers = []
 
     def __enter__(self) -> Self:
         return self
@@ -127,23 +134,24 @@ class WorkerFleet:
 
     def _start(self) -> _Worker:
         ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=_work, args=(theirs, self._make_ask), daemon=True)
+        outbox = Mailbox()
+        arguments = (theirs, self._instructions, outbox, self._make_ask)
+        process = self._context.Process(target=_work, args=arguments, daemon=True)
         process.start()
         theirs.close()
-        return _Worker(process, ours)
+        return _Worker(process, ours, outbox)
 
     def _replace(self, worker: _Worker) -> None:
         _end(worker)
         self._workers[self._workers.index(worker)] = self._start()
 
-    def _assign(self, waiting: list[str], data: bytes) -> None:
+    def _assign(self, waiting: list[str], size: int) -> None:
         for worker in list(self._workers):
             if waiting and worker.site is None:
                 worker.site = waiting.pop(0)
                 try:
                     if not worker.briefed:
-                        worker.pipe.send_bytes(b"I")
-                        worker.pipe.send_bytes(data)
+                        worker.pipe.send_bytes(b"I%d" % size)
                         worker.briefed = True
                     worker.pipe.send_bytes(b"S" + worker.site.encode())
                 except OSError:
@@ -154,34 +162,35 @@ class WorkerFleet:
         assert site is not None
         try:
             reply = worker.pipe.recv_bytes()
-            update = worker.pipe.recv_bytes() if reply == b"U" else None
         except (EOFError, OSError):
             self._replace(worker)
             return SiteFailure(site, server_round, "failed", "WorkerDied")
         worker.site = None
-        return SiteFailure(**json.loads(reply[1:])) if update is None else SiteUpdate.decode(update)
+        if reply[:1] == b"F":
+            return SiteFailure(**json.loads(reply[1:]))
+        return SiteUpdate.decode(worker.outbox.read(int(reply[1:])))
 
 
-def _work(pipe: Connection, make_ask: Callable[[], Ask]) -> None:
+def _work(pipe: Connection, inbox: Mailbox, outbox: Mailbox, make_ask: Callable[[], Ask]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which then ends its workers
     ask, instructions = make_ask(), None
     with suppress(EOFError, OSError):  # the main process is gone
         while True:
             message = pipe.recv_bytes()
-            if message == b"I":
-                instructions = RoundInstructions.decode(pipe.recv_bytes())
+            if message[:1] == b"I":
+                instructions = RoundInstructions.decode(inbox.read(int(message[1:])))
                 continue
             assert instructions is not None
             answer = ask(message[1:].decode(), instructions)
             if isinstance(answer, SiteUpdate):
-                pipe.send_bytes(b"U")
-                pipe.send_bytes(answer.encode())
+                pipe.send_bytes(b"U%d" % outbox.write(*answer.buffers()))
             else:
                 pipe.send_bytes(b"F" + json.dumps(answer.header()).encode())
 
 
 def _end(worker: _Worker) -> None:
     worker.pipe.close()
+    worker.outbox.close()
     worker.process.terminate()
     worker.process.join(5)
     if worker.process.is_alive():

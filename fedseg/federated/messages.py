@@ -1,20 +1,15 @@
 """What the server and a site say to each other, and the bytes that carry it.
 
-Bytes are one safetensors document: tensors, and a JSON header under `fedseg`. Nothing is ever unpickled.
+Bytes are one safetensors document: tensors, and everything else in its JSON header; see `fedseg.federated.document`.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Self
 
-import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load as load_tensors
-from safetensors.numpy import save as save_tensors
-
 from fedseg import __version__
 from fedseg.errors import MessageError
+from fedseg.federated.document import Buffer, pack, unpack
 from fedseg.federated.weights import Weights
 
 FORMAT = 1
@@ -41,15 +36,19 @@ class RoundInstructions:
 
     def encode(self) -> bytes:
         """The message as bytes."""
-        return _encode("instructions", self.header(), self.weights)
+        return b"".join(self.buffers())
+
+    def buffers(self) -> list[Buffer]:
+        """The bytes of `encode` in pieces that share memory with the tensors."""
+        return _buffers("instructions", self.header(), self.weights)
 
     def header(self) -> dict[str, Any]:
         """Everything but the tensors."""
         return {key: value for key, value in vars(self).items() if key != "weights"}
 
     @classmethod
-    def decode(cls, data: bytes) -> Self:
-        """Read the bytes of `encode`.
+    def decode(cls, data: Buffer) -> Self:
+        """Read the bytes of `encode`; the tensors are views of them.
 
         Raises:
             MessageError: they are not such a message.
@@ -90,15 +89,19 @@ class SiteUpdate:
 
     def encode(self) -> bytes:
         """The message as bytes."""
-        return _encode("update", self.header(), self.delta)
+        return b"".join(self.buffers())
+
+    def buffers(self) -> list[Buffer]:
+        """The bytes of `encode` in pieces that share memory with the tensors."""
+        return _buffers("update", self.header(), self.delta)
 
     def header(self) -> dict[str, Any]:
         """Everything but the tensors."""
         return {key: value for key, value in vars(self).items() if key != "delta"}
 
     @classmethod
-    def decode(cls, data: bytes) -> Self:
-        """Read the bytes of `encode`.
+    def decode(cls, data: Buffer) -> Self:
+        """Read the bytes of `encode`; the tensors are views of them.
 
         Raises:
             MessageError: they are not such a message.
@@ -150,20 +153,16 @@ class SiteFailure:
 Answer = SiteUpdate | SiteFailure
 
 
-def _encode(kind: str, header: Mapping[str, Any], tensors: Weights) -> bytes:
-    document = {"format": FORMAT, "version": __version__, "kind": kind, **header}
-    contiguous = {name: np.asarray(array, order="C") for name, array in tensors.items()}
-    return save_tensors(contiguous, metadata={"fedseg": json.dumps(document, sort_keys=True)})
+def _buffers(kind: str, header: Mapping[str, Any], tensors: Weights) -> list[Buffer]:
+    return pack(tensors, {"format": FORMAT, "version": __version__, "kind": kind, **header})
 
 
-def _decode(kind: str, data: bytes) -> tuple[dict[str, Any], Weights]:
+def _decode(kind: str, data: Buffer) -> tuple[dict[str, Any], Weights]:
     try:
-        size = int.from_bytes(data[:8], "little")
-        document = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["fedseg"])
-        tensors = load_tensors(data)
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise MessageError(f"not a fedseg message: {type(error).__name__}") from error
-    if not isinstance(document, dict) or document.pop("kind", None) != kind:
+        document, tensors = unpack(data)
+    except ValueError as error:
+        raise MessageError(f"not a fedseg message: {error}") from error
+    if document.pop("kind", None) != kind:
         raise MessageError(f"expected a message of kind {kind!r}")
     if document.pop("format", None) != FORMAT:
         raise MessageError(f"message format is not {FORMAT}; both ends need the same fedseg release")
