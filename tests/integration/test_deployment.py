@@ -36,6 +36,11 @@ class Finished:
     output: Path
     loop: Path
 
+    def story(self) -> str:
+        """What happened, for whoever has to find out why a test failed."""
+        events = _rows(self.output, "SELECT server_round, site, kind, detail FROM events ORDER BY id")
+        return "\n".join([*map(str, events), *(self.deployment.log(name)[-3000:] for name in ("run", "Aare"))])
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
@@ -66,14 +71,14 @@ def test_every_round_gives_the_weights_of_a_plain_loop_to_the_last_bit(finished:
     query = "SELECT server_round, weights_sha256 FROM rounds ORDER BY server_round"
     rounds = _rows(finished.output, query)
     assert len(rounds) == ROUNDS_TOGETHER + 2
-    assert rounds == _rows(finished.loop, query)
+    assert rounds == _rows(finished.loop, query), finished.story()
 
 
 def test_every_score_is_that_of_a_plain_loop(finished: Finished) -> None:
     query = "SELECT server_round, site, name, value FROM metrics ORDER BY server_round, site, name"
     scores = _rows(finished.output, query)
-    assert {row["site"] for row in scores} == {"Aare", LEAVING}
-    assert scores == _rows(finished.loop, query)
+    assert {row["site"] for row in scores} == {"Aare", LEAVING}, finished.story()
+    assert scores == _rows(finished.loop, query), finished.story()
 
 
 def test_the_broken_site_is_known_by_its_errors_class_and_its_files_stay_at_home(finished: Finished) -> None:
