@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from fedseg.config import TaskConfig
 from fedseg.data.cohort import Case, Cohort
 from fedseg.data.preprocess import require_known_labels
+from fedseg.data.progress import shown
 from fedseg.data.reasons import Reason
 from fedseg.data.volume import Volume, read_image, read_label, require_same_grid
 from fedseg.errors import CaseError
@@ -134,7 +135,7 @@ def audit_cohort(cohort: Cohort, task: TaskConfig | None = None, *, progress: bo
     """
     with ThreadPoolExecutor(max_workers=max(1, workers)) as pool:
         found = pool.map(lambda case: _examine(case, cohort, task), cohort.cases)
-        facts = list(_shown(found, len(cohort.cases), progress))
+        facts = list(shown(found, "Checking cases", total=len(cohort.cases), progress=progress))
     names = _structures(cohort, task)
     findings = [finding for fact in facts for finding in fact.findings]
     findings += [*_duplicates(facts), *_unusual_volumes(facts, names)]
@@ -187,8 +188,9 @@ def _warnings(
         yield warn("no-orientation", f"{case.images[0]}: qform and sform code are 0")
     axes = np.array(volume.geometry.affine)[:3, :3]
     axes = axes / np.linalg.norm(axes, axis=0)
-    if np.abs(axes.T @ axes - np.eye(3)).max() > 0.01:
-        yield warn("sheared", f"{case.images[0]}: the axes' cosines differ from 0 by up to 0.01 and more")
+    cosine = float(np.abs(axes.T @ axes - np.eye(3)).max())
+    if cosine > 0.01:
+        yield warn("sheared", f"{case.images[0]}: two axes meet at {np.degrees(np.arccos(cosine)):.0f} degrees")
     lowest, highest = float(volume.array.min()), float(volume.array.max())
     if task is not None and task.modality == "ct" and (lowest >= -150 or lowest < -10000 or highest > 40000):
         yield warn("not-hounsfield", f"{case.images[0]}: values run from {lowest:g} to {highest:g}, air is about -1000")
@@ -249,11 +251,3 @@ def _fingerprint(facts: Sequence[_Facts], names: dict[int, str], persons: int) -
         },
         present={name: sum(value in fact.volumes for fact in good) for name, value in named.items()},
     )
-
-
-def _shown(found: Iterator[_Facts], total: int, progress: bool) -> Iterable[_Facts]:
-    if not progress:
-        return found
-    from rich.progress import track
-
-    return track(found, total=total, description="Checking cases")

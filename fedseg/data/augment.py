@@ -4,6 +4,7 @@ Everything is a few numpy or torch calls on arrays: MONAI's dictionary transform
 training step of a small network. Only `strong` imports MONAI, for what it does better.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -12,6 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
+_RIGHT_OF = {"left": "right", "lh": "rh", "l": "r"}
+_LEFT = re.compile(r"left|(?<![^\W_])(lh|l)(?![^\W_])")
+"""`left` anywhere, `lh` or `l` as a word of its own."""
+
 Pairs = Sequence[tuple[int, int]]
 Augmentation = Callable[
     [NDArray[np.float32], NDArray[np.uint8], np.random.Generator], tuple[NDArray[np.float32], NDArray[np.uint8]]
@@ -19,35 +24,43 @@ Augmentation = Callable[
 """`(image_CDHW, label_DHW, generator)` to a changed image and label of the same shapes."""
 
 
-def build_augmentation(kind: Literal["none", "light", "strong"], mirrored: Pairs = ()) -> Augmentation:
+def build_augmentation(kind: Literal["none", "light", "strong"], mirrored: Pairs = (), flip: int = 2) -> Augmentation:
     """Make the augmentation of an experiment.
 
     Args:
         kind: `none`; `light`: left-right flip, intensity scale and shift; `strong`: also rotation, zoom, noise, blur,
             gamma and low resolution.
         mirrored: label values that change places in a left-right flip; see `mirror_pairs`.
+        flip: the axis that runs from left to right: 0, 1, 2 for D, H, W; see `left_right_axis`.
     """
     if kind == "none":
         return lambda image_CDHW, label_DHW, _: (image_CDHW, label_DHW)
     if kind == "light":
-        return lambda image_CDHW, label_DHW, generator: _light(image_CDHW, label_DHW, generator, mirrored)
-    return lambda image_CDHW, label_DHW, generator: _strong(image_CDHW, label_DHW, generator, mirrored)
+        return lambda image_CDHW, label_DHW, generator: _light(image_CDHW, label_DHW, generator, mirrored, flip)
+    return lambda image_CDHW, label_DHW, generator: _strong(image_CDHW, label_DHW, generator, mirrored, flip)
+
+
+def left_right_axis(orientation: str) -> int:
+    """The array axis 0, 1, 2 (D, H, W) that runs from left to right; codes such as `RAS` name them in reverse."""
+    return 2 - next(place for place, code in enumerate(orientation) if code in "LR")
 
 
 def mirror_pairs(labels: dict[str, int]) -> list[tuple[int, int]]:
-    """Label values that a left-right flip must exchange: names that differ in `left` and `right` only."""
-    return [
-        (value, labels[other])
-        for name, value in labels.items()
-        if "left" in name.lower() and (other := name.lower().replace("left", "right")) in labels
-    ]
+    """Label values that a left-right flip must exchange.
+
+    Names that differ in left and right only, whatever their case: `left kidney` and `right kidney`, `Hippocampus_L` and
+    `Hippocampus_R`, `lh-cortex` and `rh-cortex`.
+    """
+    values = {name.lower(): value for name, value in labels.items()}
+    others = {name: _LEFT.sub(lambda side: _RIGHT_OF[side[0]], name) for name in values}
+    return [(values[name], values[other]) for name, other in others.items() if other != name and other in values]
 
 
 def _light(
-    image: NDArray[np.float32], label: NDArray[np.uint8], generator: np.random.Generator, mirrored: Pairs
+    image: NDArray[np.float32], label: NDArray[np.uint8], generator: np.random.Generator, mirrored: Pairs, flip: int
 ) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
     if generator.random() < 0.5:
-        image, label = image[..., ::-1], _exchange(label[..., ::-1], mirrored)
+        image, label = np.flip(image, flip + 1), _exchange(np.flip(label, flip), mirrored)
     channels = (len(image), 1, 1, 1)
     scale = generator.uniform(0.9, 1.1, channels).astype(np.float32)
     shift = generator.uniform(-0.1, 0.1, channels).astype(np.float32)
@@ -64,11 +77,11 @@ def _exchange(label: NDArray[np.uint8], mirrored: Pairs) -> NDArray[np.uint8]:
 
 
 def _strong(
-    image: NDArray[np.float32], label: NDArray[np.uint8], generator: np.random.Generator, mirrored: Pairs
+    image: NDArray[np.float32], label: NDArray[np.uint8], generator: np.random.Generator, mirrored: Pairs, flip: int
 ) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
     if generator.random() < 0.3:
         image, label = _rotate_and_zoom(image, label, generator)
-    image, label = _light(image, label, generator, mirrored)
+    image, label = _light(image, label, generator, mirrored, flip)
     for change in _intensity_changes():
         change.set_random_state(seed=int(generator.integers(2**31)))
         image = np.asarray(change(image), dtype=np.float32)

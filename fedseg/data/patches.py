@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedseg.config import TrainingConfig
-from fedseg.data.augment import Pairs, build_augmentation
+from fedseg.data.augment import Pairs, build_augmentation, left_right_axis
 from fedseg.data.preprocess import PreparedCase
 
 T = TypeVar("T", bound=np.generic)
@@ -30,7 +30,7 @@ class PatchSampler:
     """Draws batches of patches from the cases of a site.
 
     Args:
-        cases: labelled cases; their order does not matter.
+        cases: labelled cases, all in one orientation; their order does not matter if their names differ.
         config: patch and batch size, steps per epoch, foreground share, augmentation.
         seed: with the number of the epoch, decides everything.
         mirrored: label values that change places in a left-right flip; see `fedseg.data.augment.mirror_pairs`.
@@ -42,8 +42,9 @@ class PatchSampler:
         self._cases = sorted(cases, key=lambda case: case.name)
         self._config = config
         self._seed = seed
-        self._augment = build_augmentation(config.augmentation, mirrored)
-        self._padding: dict[str, NDArray[np.float32]] = {}
+        flip = left_right_axis(self._cases[0].geometry.source.orientation)
+        self._augment = build_augmentation(config.augmentation, mirrored, flip)
+        self._padding: dict[int, NDArray[np.float32]] = {}
 
     def __len__(self) -> int:
         """Steps in an epoch."""
@@ -62,7 +63,7 @@ class PatchSampler:
         size = self._config.batch_size
         for step in range(len(self)):
             generator = np.random.default_rng((self._seed, index, step, 1))
-            patches = [self._patch(self._cases[i], generator) for i in order[step * size : (step + 1) * size]]
+            patches = [self._patch(int(i), generator) for i in order[step * size : (step + 1) * size]]
             yield Batch(
                 torch.from_numpy(np.stack([image for image, _ in patches])),
                 torch.from_numpy(np.stack([label for _, label in patches])[:, None]),
@@ -76,13 +77,12 @@ class PatchSampler:
         passes = math.ceil(wanted / len(self._cases))
         return np.concatenate([generator.permutation(len(self._cases)) for _ in range(passes)])[:wanted]
 
-    def _patch(
-        self, case: PreparedCase, generator: np.random.Generator
-    ) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+    def _patch(self, number: int, generator: np.random.Generator) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+        case = self._cases[number]
         if case.label is None:
             raise ValueError(f"{case.name} has no label and cannot be trained on")
         start = self._start(case, generator)
-        image = cut(case.image, start, self._config.patch_size, self._pad_value(case))
+        image = cut(case.image, start, self._config.patch_size, self._pad_value(number))
         label = cut(case.label[None], start, self._config.patch_size, np.zeros(1, dtype=np.uint8))[0]
         changed_image, changed_label = self._augment(image, label, generator)
         return np.ascontiguousarray(changed_image), np.ascontiguousarray(changed_label)
@@ -100,11 +100,11 @@ class PatchSampler:
             return np.asarray(np.clip(centred, lowest, highest), dtype=np.int64)
         return np.asarray(generator.integers(lowest, highest + 1), dtype=np.int64)
 
-    def _pad_value(self, case: PreparedCase) -> NDArray[np.float32]:
+    def _pad_value(self, number: int) -> NDArray[np.float32]:
         """Each channel's smallest value: air, or the window's lower end."""
-        if case.name not in self._padding:
-            self._padding[case.name] = case.image.min(axis=(1, 2, 3))
-        return self._padding[case.name]
+        if number not in self._padding:
+            self._padding[number] = self._cases[number].image.min(axis=(1, 2, 3))
+        return self._padding[number]
 
 
 def cut(

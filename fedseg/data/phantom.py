@@ -18,6 +18,7 @@ from scipy import ndimage
 
 from fedseg.config import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Section, Size3D, Spacing3D
 from fedseg.data.anatomy import TISSUES, Anatomy, Field3D, draw_anatomy, smooth_noise
+from fedseg.data.progress import shown
 from fedseg.errors import DataError
 
 Structure = Literal["liver", "spleen", "kidneys", "spine", "aorta"]
@@ -83,8 +84,8 @@ class PhantomConfig(Section):
     """Number of cases, each its own person."""
     shape: Size3D = (40, 48, 48)
     """Voxels `(D, H, W)`."""
-    spacing: Spacing3D = (4.0, 4.0, 4.0)
-    """Voxel spacing in mm `(D, H, W)`. Anatomy fills the field of view whatever its size."""
+    spacing: Spacing3D = (6.5, 6.5, 6.5)
+    """Voxel spacing in mm `(D, H, W)`. Anatomy fills the field of view whatever its size; the default is a slim adult."""
     structures: tuple[Structure, ...] = ("liver", "spleen", "kidneys")
     """Labelled organs in the order of their values, from 1; the others are drawn but not labelled."""
     variability: NonNegativeFloat = 1.0
@@ -134,7 +135,7 @@ def write_phantoms(path: Path, config: PhantomConfig, *, progress: bool = False)
         for folder in ("imagesTr", "labelsTr"):
             (aside / folder).mkdir(parents=True)
         names = [f"phantom_{number:03d}" for number in range(config.first, config.first + config.cases)]
-        for number, name in enumerate(_shown(names, progress), start=config.first):
+        for number, name in enumerate(shown(names, "Making phantoms", progress=progress), start=config.first):
             image, label = make_phantom(config, number)
             _save(image, aside / "imagesTr" / f"{name}.nii.gz", config)
             _save(label, aside / "labelsTr" / f"{name}.nii.gz", config)
@@ -243,11 +244,3 @@ def _is_phantom(path: Path) -> bool:
         return "phantom" in json.loads((path / "dataset.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError):
         return False
-
-
-def _shown(names: list[str], progress: bool) -> Any:
-    if not progress:
-        return names
-    from rich.progress import track
-
-    return track(names, description="Making phantoms")

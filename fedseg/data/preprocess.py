@@ -1,13 +1,13 @@
 """Files to network input: one orientation, one spacing, comparable intensities; and labels back to the original grid.
 
-The order is that of nnU-Net (Isensee et al., Nature Methods 2021): turn, crop, resample, normalise. A case that cannot
+The order is that of nnU-Net (Isensee et al., Nature Methods 2021): turn, crop, normalise, resample. A case that cannot
 be used is quarantined with a reason and the site goes on with the others.
 """
 
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,13 @@ from numpy.typing import NDArray
 from fedseg.config import DataConfig, TaskConfig
 from fedseg.data.cache import Cache, Entry
 from fedseg.data.cohort import Case, Cohort
+from fedseg.data.progress import shown
 from fedseg.data.reasons import Reason
 from fedseg.data.resample import resample_image, resample_label, resample_probabilities, resampled_shape, zoom
 from fedseg.data.volume import Geometry, Shape3D, Spacing, Volume, read_image, read_label, require_same_grid
 from fedseg.errors import CaseError, SiteAbstained
 
-FORMAT = 1
+FORMAT = 2
 """Raised whenever the same files and settings would give other arrays; old cache entries are then left alone."""
 
 FOREGROUND_SAMPLE = 2000
@@ -176,7 +177,7 @@ def prepare_cohort(
     store = Cache(cache)
     cases: list[PreparedCase] = []
     quarantined: dict[str, str] = {}
-    for case in _shown(cohort.cases, progress):
+    for case in shown(cohort.cases, "Preparing cases", progress=progress):
         try:
             cases.append(_load_or_prepare(case, task, config, store))
         except CaseError as error:
@@ -253,10 +254,12 @@ def _prepare(volume: Volume, config: DataConfig) -> tuple[NDArray[np.float32], P
     cropped = np.stack([_crop(channel, box) for channel in volume.array])
     depth, height, width = cropped.shape[1:]
     shape = (depth, height, width)
+    # Before resampling: splines ring, and an empty surrounding would no longer be zero.
+    image = normalise(cropped, config)
     if config.spacing is not None:
         shape = resampled_shape(shape, volume.spacing, config.spacing)
-        cropped = resample_image(cropped, shape, volume.spacing)
-    return normalise(cropped, config), PreparedGeometry(volume.geometry, box, shape)
+        image = resample_image(image, shape, volume.spacing)
+    return image, PreparedGeometry(volume.geometry, box, shape)
 
 
 def _whole(image_CDHW: NDArray[Any]) -> Box:
@@ -321,18 +324,10 @@ def _key(case: Case, task: TaskConfig, config: DataConfig, store: Cache) -> str:
     parts = [json.dumps(settings, sort_keys=True)]
     for path in (*case.images, case.label):
         missing = Reason.MISSING_LABEL if path is case.label else Reason.MISSING_IMAGE
-        if not path.is_file():
-            raise CaseError(missing, f"{path}: no such file")
         try:
+            if not path.is_file():
+                raise CaseError(missing, f"{path}: no such file")
             parts.append(store.digest(path))
         except OSError as error:
             raise CaseError(Reason.UNREADABLE, f"{path}: {error}") from error
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def _shown(cases: tuple[Case, ...], progress: bool) -> Iterable[Case]:
-    if not progress:
-        return cases
-    from rich.progress import track
-
-    return track(cases, description="Preparing cases")
