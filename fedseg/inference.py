@@ -53,6 +53,8 @@ def predict_logits(
         `(K, D, H, W)`, float32, on the CPU; an ordinary tensor, to be changed in place as one likes.
     """
     device = torch.device(device)
+    if isinstance(image_CDHW, np.ndarray) and not image_CDHW.flags.writeable:
+        image_CDHW = np.array(image_CDHW)  # memory maps of the cache are read-only, which tensors cannot be
     image_1CDHW = torch.as_tensor(image_CDHW, dtype=torch.float32)[None]
     flips = _all_flips() if mirror else [()]
     context = autocast(device, precision)
