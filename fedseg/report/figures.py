@@ -91,11 +91,12 @@ def _sites(result: Result) -> Figure:
     for number, (method, colour) in enumerate(colours.items()):
         dice = [result["final"][method]["sites"][site] for site in sites]
         at = np.arange(len(sites)) + (number - (len(colours) - 1) / 2) * width
-        axis.bar(at, dice, width * 0.92, color=colour, label=method)
+        bars = axis.bar(at, dice, width * 0.92, color=colour, label=method)
+        axis.bar_label(bars, [f"{value:.2f}" for value in dice], fontsize=6, padding=1)
     labels = [f"{site}\n{result['sites'][site]['training_cases']} cases" for site in sites]
     axis.set_xticks(range(len(sites)), labels)
-    lowest = min(dice for method in colours for dice in result["final"][method]["sites"].values())
-    axis.set_ylim(max(0.0, np.floor(10 * lowest - 0.5) / 10), 1)
+    axis.set_ylim(0, 1.12)
+    axis.set_yticks(np.linspace(0, 1, 6))
     axis.set(ylabel="mean Dice", title=f"{result['name']}: who gains (scored on {result['test']})")
     axis.legend(frameon=False, ncols=len(colours), loc="upper center", fontsize=8)
     return figure
