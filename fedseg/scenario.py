@@ -128,7 +128,10 @@ class Scenario(Section):
         ):
             raise ValueError("methods needs at least one name, none of them pooled or local")
         for name in self.methods:
-            self.experiment_of(name)
+            try:
+                self.experiment_of(name)
+            except ConfigError as error:
+                raise ValueError(str(error)) from error
         return self
 
     def experiment_of(self, method: str) -> Experiment:
@@ -140,6 +143,8 @@ class Scenario(Section):
         document = self.experiment.model_dump(mode="json")
         for key, value in self.methods.get(method, {}).items():
             section, _, name = key.rpartition(".")
+            if section and not isinstance(document.get(section), dict):
+                raise ConfigError(f"methods.{method}: {key}: the experiment has no section {section!r}")
             document[section or "federation"][name] = value
         return validate_section(Experiment, json.dumps(document), source=f"methods.{method}")
 
