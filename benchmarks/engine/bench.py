@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from functools import lru_cache, partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +46,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.measure:
         times = measure(arguments)
-        print(json.dumps([after - before for before, after in zip(times, times[1:], strict=False)]))
+        print(json.dumps([after - before for before, after in pairwise(times)]))
         return
     found: dict[str, list[tuple[float, float]]] = {variant: [] for variant in VARIANTS}
     for _ in range(arguments.repeats):
@@ -148,13 +149,13 @@ def flower(sites: int, megabytes: int, rounds: int) -> list[float]:
     server, client = ServerApp(), ClientApp()
 
     @server.main()
-    def serve(grid: Grid, context: Context) -> None:
+    def serve(grid: Grid, _: Context) -> None:
         strategy = Timed(fraction_evaluate=0.0, min_train_nodes=sites, min_available_nodes=sites)
         strategy.start(grid, ArrayRecord(list(weights(megabytes).values())), num_rounds=rounds)
         times.append(time.monotonic())
 
     @client.train()
-    def train(message: Message, context: Context) -> Message:
+    def train(message: Message, _: Context) -> Message:
         delta = constant_delta(megabytes).values()
         received = message.content["arrays"].to_numpy_ndarrays()
         arrays = ArrayRecord([array + change for array, change in zip(received, delta, strict=True)])

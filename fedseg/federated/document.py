@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Tensors = Mapping[str, NDArray[Any]]
-Buffer = bytes | memoryview
+Buffer = bytes | bytearray | memoryview
 
 KEY = "fedseg"
 LARGEST_TABLE = 100_000_000

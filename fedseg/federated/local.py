@@ -78,7 +78,7 @@ class WorkerFleet:
         sites: Sequence[str],
         make_ask: Callable[[], Ask],
         workers: int,
-        preload: Sequence[str] = ("fedseg.federated.site",),
+        preload: Sequence[str] = ("fedseg.federated.site", "monai.losses"),
     ) -> None:
         self._sites, self._make_ask = tuple(sites), make_ask
         self._context = multiprocessing.get_context("forkserver")

@@ -82,7 +82,7 @@ def test_tensors_that_are_not_where_they_should_be_are_refused(table, size):
     "data", [b"", b"1234567", (2**63).to_bytes(8, "little"), (9).to_bytes(8, "little") + b"{}", b"\0" * 8]
 )
 def test_a_table_that_is_not_there_is_refused(data):
-    with pytest.raises(ValueError, match=r"the table is"):
+    with pytest.raises(ValueError, match=r"the table is|Expecting value"):
         unpack(data)
 
 
