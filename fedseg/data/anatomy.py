@@ -93,10 +93,10 @@ def draw_anatomy(shape: Shape3D, generator: np.random.Generator, variability: fl
     _paint_ribs(anatomy, trunk - fat - 0.05, d, h, w, about)
     _paint_gut(anatomy, cavity, d, h, w, generator, about)
     _paint_spine(anatomy, trunk - fat, d, h, w, about)
-    for side in (-1.0, 1.0):
-        _paint_kidney(anatomy, side, d, h, w, about)
-    _paint_spleen(anatomy, cavity, d, h, w, about)
-    _paint_liver(anatomy, cavity, d, h, w, about)
+    left, right = (_paint_kidney(anatomy, side, d, h, w, about) for side in (-1.0, 1.0))
+    # A kidney dents its neighbour, not the other way round.
+    _paint_spleen(anatomy, np.minimum(cavity, -left), d, h, w, about)
+    _paint_liver(anatomy, np.minimum(cavity, -right), d, h, w, about)
     dome = about(0.66, 0.04) + 0.26 * np.cos(np.minimum(np.abs(np.abs(w) - 0.4) * 2.2, 1.5)) + 0.12 * h
     anatomy.paint("lung", np.minimum(np.minimum(d - dome, cavity - 0.01), np.abs(w) - 0.16))
     return anatomy
@@ -179,7 +179,7 @@ def _paint_spine(anatomy: Anatomy, inner: Field3D, d: Field3D, h: Field3D, w: Fi
     anatomy.paint("vein", 0.075 - np.hypot((h - at_h - 0.21) * 1.3, w - at_w - 0.13 - bend))
 
 
-def _paint_kidney(anatomy: Anatomy, side: float, d: Field3D, h: Field3D, w: Field3D, about: About) -> None:
+def _paint_kidney(anatomy: Anatomy, side: float, d: Field3D, h: Field3D, w: Field3D, about: About) -> Field3D:
     """A bean with its hilum towards the middle and a darker medulla; the right one (`side` = 1) lies lower."""
     centre = (about(-0.28 - 0.1 * (side > 0), 0.08), about(-0.25, 0.03), side * about(0.40, 0.03))
     size = (about(0.37, 0.03), about(0.165, 0.013), about(0.18, 0.013))
@@ -187,10 +187,11 @@ def _paint_kidney(anatomy: Anatomy, side: float, d: Field3D, h: Field3D, w: Fiel
     kidney = np.minimum(_blob(d, h, w, centre, size, tilt=-0.18 * side), -hilum)
     anatomy.paint("kidneys", kidney)
     anatomy.stain("kidneys", "medulla", np.minimum(kidney - 0.065, 0.005))
+    return kidney
 
 
 def _paint_spleen(anatomy: Anatomy, cavity: Field3D, d: Field3D, h: Field3D, w: Field3D, about: About) -> None:
-    """A bean against the left body wall, hollowed where the stomach lies."""
+    """A bean against the left body wall and kidney, hollowed where the stomach lies."""
     centre = (about(0.36, 0.07), about(-0.12, 0.04), about(-0.55, 0.02))
     size = (about(0.34, 0.04), about(0.30, 0.03), about(0.20, 0.018))
     hollow = _blob(d, h, w, (centre[0], centre[1] + 0.14, centre[2] + 0.24), (0.28, 0.2, 0.14))

@@ -149,7 +149,7 @@ def _examine(case: Case, cohort: Cohort, task: TaskConfig | None) -> _Facts:
         volume = read_image(case.images)
         if task is not None and len(volume.array) != len(task.channels):
             told = f"{len(volume.array)} channels, the task has {len(task.channels)}: {list(task.channels)}"
-            raise CaseError(Reason.WRONG_CHANNELS, told)
+            raise CaseError(Reason.WRONG_CHANNELS, f"{case.images[0]}: {told}")
         label = read_label(case.label)
         require_same_grid(volume.geometry, label.geometry, f"{case.name}: image and label")
         values, counts = np.unique(label.array, return_counts=True)
