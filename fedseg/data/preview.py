@@ -12,7 +12,7 @@ from fedseg.data.volume import Spacing, read_image, read_label
 from fedseg.errors import CaseError
 
 _COLOURS = ["#e6550d", "#31a354", "#3182bd", "#fdd835", "#ab47bc", "#26c6da", "#ec407a", "#9ccc65"]
-_DPI = 110
+_DPI = 84
 _ROWS_BEFORE_TWO_BESIDE = 4
 _SOFT_TISSUE = (-160.0, 240.0)
 """Hounsfield units from black to white, for images whose values look like them."""
@@ -41,7 +41,7 @@ def preview(cohort: Path | Cohort, out_png: Path, *, cases: int = 6) -> Path:
         _draw_case(row, case)
     out_png.parent.mkdir(parents=True, exist_ok=True)
     aside = out_png.with_name(f".{os.getpid()}-{out_png.name}")
-    figure.savefig(aside, dpi=_DPI, format="png")
+    figure.savefig(aside, dpi=_DPI, format="png", pil_kwargs={"optimize": True})
     aside.replace(out_png)
     return out_png
 
