@@ -1,12 +1,19 @@
 """Patches: an epoch depends on seed and number alone, and structures get their share."""
 
+import dataclasses
+import json
+
 import numpy as np
 import pytest
 
-from fedseg.config import TrainingConfig
+from fedseg.config import TrainingConfig, parse_experiment
 from fedseg.data.patches import PatchSampler, cut
 from fedseg.data.preprocess import PreparedCase, PreparedGeometry
 from fedseg.data.volume import Geometry
+from fedseg.federated import site as site_module
+from fedseg.federated.messages import RoundInstructions
+from fedseg.site.config import SiteConfig
+from tests.data.niftis import decathlon
 
 IDENTITY = ((1.0, 0, 0, 0), (0, 1.0, 0, 0), (0, 0, 1.0, 0), (0, 0, 0, 1.0))
 
@@ -154,7 +161,33 @@ def test_a_box_reaching_out_on_all_sides_is_filled():
 def test_a_sampler_needs_labelled_cases():
     with pytest.raises(ValueError, match="at least one case"):
         PatchSampler([], training(), 0)
-    import dataclasses
-
     with pytest.raises(ValueError, match="a has no label and cannot be trained on"):
         list(PatchSampler([dataclasses.replace(case(), label=None)], training(), 0).epoch(0))
+
+
+def test_a_site_names_left_and_right_for_its_patches(tmp_path, monkeypatch):
+    given = []
+
+    class Recording(PatchSampler):
+        def __init__(self, *arguments, **named):
+            super().__init__(*arguments, **named)
+            given.append(self)
+
+    monkeypatch.setattr(site_module, "PatchSampler", Recording)
+    decathlon(tmp_path / "data", ["a", "b", "c"])
+    study = {
+        "name": "sides",
+        "task": {"name": "ears", "modality": "mr", "labels": {"background": 0, "left ear": 1, "right ear": 2}},
+        "model": {"name": "unet", "options": {"widths": [2, 4]}},
+        "training": {"patch_size": [8, 8, 8], "steps_per_epoch": 12, "batch_size": 1},
+        "federation": {"rounds": 1},
+    }
+    experiment = parse_experiment(json.dumps(study))
+    site = site_module.Site(
+        SiteConfig(name="A", data=str(tmp_path / "data"), cache=str(tmp_path / "cache"), device="cpu")
+    )
+    weights = site_module.start_state(experiment).weights
+    site(RoundInstructions(1, weights, experiment.to_json(), evaluate=False))
+    # The files know a left ear only; in a flipped patch it must have become a right one.
+    values = {int(value) for batch in given[0].epoch(0) for value in batch.label.unique()}
+    assert values == {0, 1, 2}
