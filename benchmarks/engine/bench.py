@@ -4,7 +4,8 @@ Run `python benchmarks/engine/bench.py [--sites 10] [--megabytes 10] [--rounds 6
 Sites answer at once with a constant update. Ours runs whole rounds: screening, exact mean, store, two checkpoints kept,
 everything synced to disk; Flower's keeps nothing. A round is the time from one broadcast to the next; the first one, in
 which processes warm up, is left out of the median and shown as start-up, together with the rest of the process's life.
-Variants take turns, each in a process of its own.
+Variants take turns, each in a process of its own. CPU seconds are those of all processes of a variant, found by a mark in
+their environment (Linux only).
 """
 
 import argparse
@@ -15,6 +16,9 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
+from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
@@ -45,39 +49,61 @@ def main() -> None:
     parser.add_argument("--measure", choices=VARIANTS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
-        times = measure(arguments)
-        print(json.dumps([after - before for before, after in pairwise(times)]))
+        marks = measure(arguments)
+        print(json.dumps([[late - early for late, early in zip(*pair[::-1], strict=True)] for pair in pairwise(marks)]))
         return
-    found: dict[str, list[tuple[float, float]]] = {variant: [] for variant in VARIANTS}
+    found: dict[str, list[tuple[float, float, float]]] = {variant: [] for variant in VARIANTS}
     for _ in range(arguments.repeats):
         for variant in VARIANTS:
             found[variant].append(in_a_process(variant))
     print(
         f"{arguments.sites} sites, {arguments.megabytes} MB, {arguments.repeats} runs of {arguments.rounds} rounds, in turns"
     )
-    print(f"{'':<20} {'per round (min-max)':>28} {'start-up and end':>18} {'ours / Flower':>14}")
-    theirs = statistics.median(per_round for per_round, _ in found[VARIANTS[-1]])
+    print(f"{'':<20} {'wall per round':>24} {'CPU per round':>24} {'start-up, end':>14}   ours / Flower: wall, CPU")
+    wall, cpu = (statistics.median(column) for column in list(zip(*found[VARIANTS[-1]], strict=True))[:2])
     for variant, runs in found.items():
-        rounds = [per_round for per_round, _ in runs]
-        median, rest = statistics.median(rounds), statistics.median(rest for _, rest in runs)
-        print(
-            f"{variant:<20} {median:>10.3f} s ({min(rounds):.3f}-{max(rounds):.3f}) {rest:>16.1f} s {median / theirs:>14.3f}"
-        )
+        walls, cpus, rests = zip(*runs, strict=True)
+        ratios = f"{statistics.median(walls) / wall:.2f} {statistics.median(cpus) / cpu:.2f}"
+        print(f"{variant:<20} {spread(walls):>24} {spread(cpus):>24} {statistics.median(rests):>12.1f} s   {ratios}")
 
 
-def in_a_process(variant: str) -> tuple[float, float]:
-    """Median seconds per round after the first, and the other seconds of the process."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
+def spread(values: Sequence[float]) -> str:
+    return f"{statistics.median(values):.3f} s ({min(values):.3f}-{max(values):.3f})"
+
+
+def in_a_process(variant: str) -> tuple[float, float, float]:
+    """Median wall and CPU seconds per round after the first, and the other wall seconds of the process."""
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FEDSEG_BENCH": uuid.uuid4().hex,
+    }
     begun = time.monotonic()
     done = subprocess.run(
         [sys.executable, __file__, *sys.argv[1:], "--measure", variant],
         check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment,
     )  # fmt: skip
-    rounds = json.loads(done.stdout.splitlines()[-1])
-    return statistics.median(rounds[1:]), time.monotonic() - begun - sum(rounds[1:])
+    total = time.monotonic() - begun
+    walls, cpus = zip(*json.loads(done.stdout.splitlines()[-1])[1:], strict=True)
+    return statistics.median(walls), statistics.fmean(cpus), total - sum(walls)
 
 
-def measure(arguments: argparse.Namespace) -> list[float]:
+Mark = tuple[float, float]
+"""Wall and CPU seconds so far."""
+
+
+def mark() -> Mark:
+    """Now; the CPU seconds are of this process and all that have its mark in their environment."""
+    ours, ticks = f"FEDSEG_BENCH={os.environ['FEDSEG_BENCH']}".encode(), 0
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if ours in (folder / "environ").read_bytes():
+                ticks += sum(map(int, (folder / "stat").read_text().rpartition(")")[2].split()[11:15]))
+    return time.monotonic(), ticks / os.sysconf("SC_CLK_TCK")
+
+
+def measure(arguments: argparse.Namespace) -> list[Mark]:
     """Moments at which the rounds of one run began, and at which the last one ended."""
     if arguments.measure == VARIANTS[-1]:
         return flower(arguments.sites, arguments.megabytes, arguments.rounds)
@@ -117,8 +143,8 @@ def experiment(rounds: int) -> Experiment:
     return parse_experiment(json.dumps(document))
 
 
-def ours(fleet: InProcessFleet | WorkerFleet, arguments: argparse.Namespace) -> list[float]:
-    study, times = experiment(arguments.rounds), []
+def ours(fleet: InProcessFleet | WorkerFleet, arguments: argparse.Namespace) -> list[Mark]:
+    study, marks = experiment(arguments.rounds), []
     with tempfile.TemporaryDirectory(dir=arguments.output) as folder:
         store = RunStore(Path(folder))
         run_federation(
@@ -126,24 +152,24 @@ def ours(fleet: InProcessFleet | WorkerFleet, arguments: argparse.Namespace) -> 
             fleet,
             store,
             lambda: initial_state(study, weights(arguments.megabytes)),
-            observe=lambda event: times.append(time.monotonic()) if event.kind in ("round", "finished") else None,
+            observe=lambda event: marks.append(mark()) if event.kind in ("round", "finished") else None,
         )
         store.close()
-    return times
+    return marks
 
 
-def flower(sites: int, megabytes: int, rounds: int) -> list[float]:
+def flower(sites: int, megabytes: int, rounds: int) -> list[Mark]:
     from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
     from flwr.clientapp import ClientApp
     from flwr.serverapp import Grid, ServerApp
     from flwr.serverapp.strategy import FedAvg
     from flwr.simulation import run_simulation
 
-    times: list[float] = []
+    marks: list[Mark] = []
 
     class Timed(FedAvg):
         def configure_train(self, *args, **kwargs):
-            times.append(time.monotonic())
+            marks.append(mark())
             return super().configure_train(*args, **kwargs)
 
     server, client = ServerApp(), ClientApp()
@@ -152,7 +178,7 @@ def flower(sites: int, megabytes: int, rounds: int) -> list[float]:
     def serve(grid: Grid, _: Context) -> None:
         strategy = Timed(fraction_evaluate=0.0, min_train_nodes=sites, min_available_nodes=sites)
         strategy.start(grid, ArrayRecord(list(weights(megabytes).values())), num_rounds=rounds)
-        times.append(time.monotonic())
+        marks.append(mark())
 
     @client.train()
     def train(message: Message, _: Context) -> Message:
@@ -162,7 +188,7 @@ def flower(sites: int, megabytes: int, rounds: int) -> list[float]:
         return Message(RecordDict({"arrays": arrays, "metrics": MetricRecord({"num-examples": 7})}), reply_to=message)
 
     run_simulation(server, client, num_supernodes=sites, backend_config={"client_resources": {"num_cpus": 1}})
-    return times
+    return marks
 
 
 if __name__ == "__main__":

@@ -17,11 +17,11 @@ import pytest
 
 from fedseg.federated.faults import WRITE_POINTS
 from fedseg.federated.local import InProcessFleet
-from tests.federated.toys import SITES, ask_toy, history, rows, run_toy, toy_experiment
+from tests.federated.toys import PRELOAD, SITES, ask_toy, history, rows, run_toy, toy_experiment
 
 ROUNDS = 3
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.federated.toys"])
+CONTEXT.set_forkserver_preload(list(PRELOAD))
 
 
 def experiment():

@@ -7,13 +7,13 @@ import pytest
 
 from fedseg.federated.local import InProcessFleet, WorkerFleet
 from fedseg.federated.messages import RoundInstructions, SiteFailure, SiteUpdate
-from tests.federated.toys import ask_toy, history, make_ask, rows, run_toy, same, toy_experiment, toy_weights
+from tests.federated.toys import PRELOAD, ask_toy, history, make_ask, rows, run_toy, same, toy_experiment, toy_weights
 
 SITES = tuple(f"site-{number}" for number in range(5))
 
 
 def workers(sites, count):
-    return WorkerFleet(sites, make_ask, count, preload=("tests.federated.toys",))
+    return WorkerFleet(sites, make_ask, count, preload=PRELOAD)
 
 
 def instructions(server_round=1):
