@@ -31,6 +31,7 @@ def train(
     from fedseg.config import load_experiment
     from fedseg.data.cohort import PersonRule
     from fedseg.errors import ConfigError
+    from fedseg.federated.site import Site
     from fedseg.simulation import train_alone
     from fedseg.site.config import SiteConfig, load_site
 
@@ -50,6 +51,8 @@ def train(
         )
         for number, folder in enumerate(data or [], start=1)
     ]
+    for config in sites:
+        Site(config).prepare(wanted, progress=True)
     console = Console()
     with RoundsDisplay(console, wanted.federation.rounds) as display:
         path = train_alone(
