@@ -1,5 +1,6 @@
 """A scenario: an experiment, and the hospitals that a researcher imagines on one machine."""
 
+import itertools
 import json
 import math
 import os
@@ -109,7 +110,7 @@ class Scenario(Section):
     sites: tuple[SimulatedSite, ...] = ()
     """Sites with cases of their own; either these or `source`."""
     source: Source | None = None
-    methods: dict[Annotated[str, Field(pattern=SITE_NAME)], dict[str, Any]] = {"federated": {}}
+    methods: dict[Annotated[str, Field(pattern=SITE_NAME)], dict[str, Any]] = Field(default={"federated": {}})
     """Runs to compare: name, and what replaces settings of `federation` (or, as `training.x`, of `training`)."""
     baselines: tuple[Literal["pooled", "local"], ...] = ("pooled", "local")
     """What else is trained, with the same number of passes over the cases."""
@@ -245,7 +246,7 @@ def deal_out(cohort: Cohort, partition: Partition, seed: int) -> dict[str, tuple
         sizes = partition.sizes or generator.lognormal(0.0, partition.sigma, partition.count)
         order = generator.permutation(len(names))
         bounds = np.cumsum([0, *_counts(sizes, len(names), partition.minimum)])
-        groups = [[names[index] for index in order[low:high]] for low, high in zip(bounds, bounds[1:], strict=False)]
+        groups = [[names[index] for index in order[low:high]] for low, high in itertools.pairwise(bounds)]
     return {
         site: tuple(sorted(case.name for person in group for case in persons[person]))
         for site, group in zip(partition.site_names, groups, strict=True)
@@ -298,7 +299,7 @@ def _counts(sizes: Any, total: int, minimum: int) -> list[int]:
 def _dirichlet(
     names: list[str], foreground: list[float], partition: Partition, generator: np.random.Generator
 ) -> list[list[str]]:
-    """Tertiles of foreground share, each dealt out in Dirichlet proportions; then sites below the minimum take from the largest."""
+    """Deal out tertiles of foreground share in Dirichlet proportions; sites below the minimum then take from the largest."""
     groups: list[list[str]] = [[] for _ in range(partition.count)]
     for tertile in np.array_split(np.argsort(foreground, kind="stable"), 3):
         members = generator.permutation(tertile)
