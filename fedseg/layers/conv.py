@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 _SLOW_BELOW = 20480
+_is_exporting = getattr(
+    torch.compiler, "is_exporting", torch.compiler.is_compiling
+)  # torch 2.5 and 2.6 cannot tell them apart
 
 
 def is_channels_last(x: Tensor) -> bool:
@@ -66,7 +69,7 @@ class Conv3d(SafeConv3d):
 
     def forward(self, x_BCDHW: Tensor) -> Tensor:
         """Convolve `(B, C, D, H, W)`."""
-        if not torch.compiler.is_compiling() and _takes_the_slow_path(x_BCDHW):
+        if not _is_exporting() and _takes_the_slow_path(x_BCDHW):
             return like(_convolve_halves(x_BCDHW, self.weight), x_BCDHW)
         return like(super().forward(x_BCDHW), x_BCDHW)
 
