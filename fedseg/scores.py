@@ -1,6 +1,7 @@
 """Scores of final models on test cases, and the figures that compare methods: R, W and G."""
 
 import csv
+import io
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, fields
@@ -8,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 
 from fedseg.config import Experiment
 from fedseg.data.preprocess import PreparedCase, prepare_cohort
 from fedseg.device import pick_device
 from fedseg.evaluation import evaluate
+from fedseg.federated.checkpoint import write_durably
 from fedseg.federated.site import Site
 from fedseg.federated.store import RunStore
 from fedseg.metrics import bootstrap_ci
@@ -65,20 +68,18 @@ def score_model(
 
 
 def write_scores(path: Path, rows: Iterable[CaseRow]) -> None:
-    """Write rows as CSV."""
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(field.name for field in fields(CaseRow))
-        writer.writerows(astuple(row) for row in rows)
+    """Write rows as CSV, whole or not at all."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(field.name for field in fields(CaseRow))
+    writer.writerows(astuple(row) for row in rows)
+    write_durably(path, text.getvalue().encode())
 
 
 def read_scores(path: Path) -> list[CaseRow]:
     """Read the rows of `write_scores`."""
     with path.open(newline="") as file:
-        return [
-            CaseRow(**{field.name: field.type(row[field.name]) for field in fields(CaseRow)})  # type: ignore[operator]
-            for row in csv.DictReader(file)
-        ]
+        return TypeAdapter(list[CaseRow]).validate_python(list(csv.DictReader(file)))
 
 
 def summarise(scenario: Scenario, layout: Layout, rows: Sequence[CaseRow], output: Path) -> dict[str, Any]:

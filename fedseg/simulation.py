@@ -5,12 +5,13 @@ import multiprocessing
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 from fedseg.config import Experiment
 from fedseg.errors import StoreError
@@ -26,6 +27,7 @@ from fedseg.scores import CaseRow, score_model, summarise, write_scores
 from fedseg.site.config import SiteConfig
 
 Engine = Literal["local", "flower"]
+T = TypeVar("T")
 
 
 class Show(Protocol):
@@ -226,7 +228,7 @@ def _run_baselines(
     resume: bool,
     show: Show,
 ) -> None:
-    def watch() -> None:
+    def watch(_finished: int) -> None:
         done = {
             row["run"]: row["done"]
             for row in store.rows("SELECT run, MAX(server_round) AS done FROM rounds GROUP BY run")
@@ -235,9 +237,9 @@ def _run_baselines(
             show.progress(run, done.get(run, 0), experiment.federation.rounds)
 
     store = RunStore(output)
-    calls = [(partial(train_alone, resume=resume), (experiment, sites, run, output)) for run, sites in runs.items()]
+    calls = [(experiment, sites, run, output) for run, sites in runs.items()]
     try:
-        _in_parallel(calls, machine.workers, watch)
+        _in_parallel(partial(train_alone, resume=resume), calls, machine.workers, watch)
     finally:
         store.close()
 
@@ -248,49 +250,52 @@ def _score_all(
     """Score every model on the test cases of every site where it counts."""
     calls = []
     for run in runs:
-        sites = tuple(site for site in layout.sites if run in (f"local-{site.name}",)) or layout.sites
-        calls.append((score_model, (_model(output, run), run, experiment, sites, layout.test)))
-    finished = 0
-
-    def watch() -> None:
-        show.progress("evaluate", finished, len(calls))
-
-    rows: list[CaseRow] = []
-    for part in _in_parallel(calls, machine.workers, watch):
-        rows += part  # type: ignore[arg-type]
-    show.progress("evaluate", len(calls), len(calls))
-    return rows
+        sites = tuple(site for site in layout.sites if run == f"local-{site.name}") or layout.sites
+        calls.append((_model(output, run), run, experiment, sites, layout.test))
+    parts = _in_parallel(
+        score_model, calls, machine.workers, lambda finished: show.progress("evaluate", finished, len(calls))
+    )
+    return [row for part in parts for row in part]
 
 
 def _in_parallel(
-    calls: Sequence[tuple[Callable[..., object], tuple[object, ...]]], workers: int, watch: Callable[[], None]
-) -> list[object]:
-    """The results of calls, in order, made in worker processes; `watch` is called twice a second."""
+    function: Callable[..., T], calls: Sequence[tuple[object, ...]], workers: int, watch: Callable[[int], None]
+) -> list[T]:
+    """The results of calls, in order, made in worker processes; `watch` gets the number of finished ones twice a second.
+
+    Raises:
+        StoreError: a worker died.
+    """
     if workers <= 1:
         results = []
-        for function, arguments in calls:
-            watch()
+        for number, arguments in enumerate(calls):
+            watch(number)
             results.append(function(*arguments))
-        watch()
+        watch(len(calls))
         return results
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["fedseg.simulation"])
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        futures: list[Future[object]] = [pool.submit(function, *arguments) for function, arguments in calls]
+        futures = [pool.submit(function, *arguments) for arguments in calls]
         try:
             while wait(futures, timeout=0.5).not_done:
-                watch()
-                for future in futures:
-                    if future.done():
-                        future.result()
+                finished = [future for future in futures if future.done()]
+                watch(len(finished))
+                for future in finished:
+                    future.result()
+            results = [future.result() for future in futures]
+        except BrokenProcessPool:
+            raise StoreError(
+                "a worker process died, perhaps out of memory; add --resume, with fewer --workers"
+            ) from None
         except BaseException:
             for future in futures:
                 future.cancel()
             for process in list((pool._processes or {}).values()):
                 process.terminate()
             raise
-        watch()
-        return [future.result() for future in futures]
+        watch(len(calls))
+        return results
 
 
 def _final_state(output: Path, run: str) -> ServerState:

@@ -5,12 +5,8 @@ participation. `ours` is the real round (screening, exact mean, run store, synce
 memory, `loop` the floor: torch alone. The three must end with the same loss. They take turns, in a new order each time,
 one thread each; wall and CPU seconds are those of the whole process, imports included.
 
-pfl-research wants an environment of its own:
-
-    python3.11 -m venv build/pfl && build/pfl/bin/pip install torch==2.13.0 && build/pfl/bin/pip install "pfl[pytorch]==0.6.0"
-    python benchmarks/peers/bench.py --pfl build/pfl/bin/python [--repeats 7]
-
-Its environment should have the torch of ours, or the comparison is one of torch with torch.
+`python benchmarks/peers/bench.py [--repeats 7]`. pfl-research lives in an environment of its own, `build/pfl`, which the first
+call makes, with the torch of ours: else the comparison would be one of torch with torch.
 """
 
 import argparse
@@ -23,16 +19,19 @@ import sys
 import time
 from pathlib import Path
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
+ENVIRONMENT = HERE.parents[1] / "build" / "pfl" / "bin" / "python"
 SCRIPTS = {"loop": "loop.py", "ours": "ours.py", "pfl": "pfl_research.py"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pfl", required=True, help="python of the environment with pfl-research")
+    parser.add_argument("--pfl", type=Path, default=ENVIRONMENT, help="python of the environment with pfl-research")
     parser.add_argument("--repeats", type=int, default=7)
     arguments = parser.parse_args()
-    pythons = {"loop": sys.executable, "ours": sys.executable, "pfl": arguments.pfl}
+    if arguments.pfl == ENVIRONMENT and not ENVIRONMENT.exists():
+        make_environment()
+    pythons = {"loop": sys.executable, "ours": sys.executable, "pfl": str(arguments.pfl)}
     print("torch:", {name: torch_version(python) for name, python in pythons.items()})
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in SCRIPTS}
     shuffle = random.Random(0).sample
@@ -50,6 +49,14 @@ def main() -> None:
     for index, what in enumerate(("wall", "CPU")):
         ratios = [one[index] / other[index] for one, other in zip(found["ours"], found["pfl"], strict=True)]
         print(f"ours / pfl in the same turn, {what}: {spread(ratios, '')}")
+
+
+def make_environment() -> None:
+    """pfl-research in an environment of its own, torch first."""
+    print(f"installing pfl-research into {ENVIRONMENT.parents[1]} (once)", flush=True)
+    subprocess.run([sys.executable, "-m", "venv", ENVIRONMENT.parents[1]], check=True)
+    for package in ("torch==2.13.0", "pfl[pytorch]==0.6.0"):
+        subprocess.run([ENVIRONMENT, "-m", "pip", "install", "--quiet", package], check=True)
 
 
 def run(python: str, script: Path) -> tuple[float, float, float]:

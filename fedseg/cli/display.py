@@ -1,6 +1,5 @@
 """What a person sees while a simulation runs: a table of rounds and a bar for everything else that takes long."""
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -8,7 +7,7 @@ from typing import Self
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from fedseg.federated.driver import Event
@@ -55,7 +54,8 @@ class RoundsDisplay:
             TimeElapsedColumn(),
             console=console,
         )
-        self._tasks: dict[str, tuple[int, float]] = {}
+        self._tasks: dict[str, TaskID] = {}
+        self._finished: set[str] = set()
         self._live: Live | None = None
 
     def __enter__(self) -> Self:
@@ -96,18 +96,17 @@ class RoundsDisplay:
 
     def progress(self, task: str, done: int, total: int) -> None:
         """Take in how far something is."""
+        if task in self._finished:
+            return
+        if done >= total:
+            self._finished.add(task)
         if self._live is None:
-            if done >= total and task not in self._tasks:
+            if done >= total:
                 self._console.print(f"{task}: done ({total})", highlight=False)
-                self._tasks[task] = (0, time.monotonic())
             return
         if task not in self._tasks:
-            self._tasks[task] = (int(self._progress.add_task(task, total=total)), 0.0)
-        number, finished = self._tasks[task]
-        if not finished:
-            self._progress.update(number, completed=done, total=total)  # type: ignore[arg-type]
-            if done >= total:
-                self._tasks[task] = (number, time.monotonic())
+            self._tasks[task] = self._progress.add_task(task, total=total)
+        self._progress.update(self._tasks[task], completed=done, total=total)
 
     def _score(self, run: str, server_round: int, scores: Mapping[str, Mapping[str, float]] | None) -> None:
         dice = {site: means["dice"] for site, means in (scores or {}).items() if "dice" in means}

@@ -1,6 +1,5 @@
 """`fedseg predict` and `fedseg evaluate`: a trained network on new images, and on cases with a reference."""
 
-import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -157,21 +156,21 @@ def _score_table(found: "Evaluation") -> Any:
 
 def _write_csv(path: Path, found: "Evaluation") -> None:
     import csv as table
+    import io
     from dataclasses import asdict
 
-    aside = path.with_name(f".{path.name}.part")
-    with aside.open("w", newline="") as file:
-        writer: Any = None
-        for case in found.cases:
-            for label, score in case.labels.items():
-                row = {"case": case.name, "person": case.person, "label": label, **asdict(score)}
-                if writer is None:
-                    writer = table.DictWriter(file, list(row))
-                    writer.writeheader()
-                writer.writerow(
-                    {key: "" if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
-                )
-    aside.replace(path)
+    from fedseg.federated.checkpoint import write_durably
+
+    rows = [
+        {"case": case.name, "person": case.person, "label": label, **asdict(score)}
+        for case in found.cases
+        for label, score in case.labels.items()
+    ]
+    text = io.StringIO(newline="")
+    writer = table.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_durably(path, text.getvalue().encode())
 
 
 def _cores() -> int:

@@ -5,13 +5,14 @@ the round names its checkpoint, which was synced and renamed before. A crash bef
 row names; it is removed when the run is resumed. A crash after the commit loses nothing.
 """
 
+import fcntl
 import json
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from fedseg.config import Experiment
 from fedseg.errors import StoreError
@@ -61,6 +62,7 @@ class RunStore:
 
     def __init__(self, directory: Path, run: str = "federated") -> None:
         self.directory, self.run = directory, run
+        self._lock: IO[bytes] | None = None
         (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
         try:
             self._db = sqlite3.connect(directory / "store.sqlite", timeout=60, isolation_level=None)
@@ -77,15 +79,18 @@ class RunStore:
             )
 
     def close(self) -> None:
-        """Close the database."""
+        """Close the database and let others run the run."""
         self._db.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def begin(self, experiment: Experiment, state: ServerState) -> None:
         """Record a new run with its initial state.
 
         Raises:
-            StoreError: the directory holds this run already.
+            StoreError: the directory holds this run already, or another process is running it.
         """
+        self._claim()
         if self._row("SELECT 1 FROM runs WHERE run = ?", self.run):
             raise StoreError(
                 f"{self.directory}: holds run {self.run!r} already; resume it (--resume) or choose another --output"
@@ -98,8 +103,10 @@ class RunStore:
         Leftovers of a crash are removed. If the newest checkpoint is damaged, the run goes back to the one before it.
 
         Raises:
-            StoreError: the run belongs to another experiment, or no checkpoint is readable.
+            StoreError: the run belongs to another experiment, another process is running it, or no checkpoint is
+                readable.
         """
+        self._claim()
         row = self._row("SELECT digest, experiment FROM runs WHERE run = ?", self.run)
         if row is None:
             return None
@@ -161,6 +168,20 @@ class RunStore:
     def checkpoint_path(self, server_round: int) -> Path:
         """Where the state after a round is kept."""
         return self.directory / "checkpoints" / f"{self.run}-round-{server_round:04d}.safetensors"
+
+    def _claim(self) -> None:
+        """Keep other processes from running the same run; the system lets go when this one ends, however it ends."""
+        if self._lock is not None:
+            return
+        lock = (self.directory / f".{self.run}.lock").open("wb")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.close()
+            raise StoreError(
+                f"{self.directory}: another process is running {self.run!r}; wait for it or end it"
+            ) from None
+        self._lock = lock
 
     def _commit(
         self,

@@ -141,3 +141,18 @@ def test_a_store_of_a_later_release_is_refused(tmp_path):
     database.close()
     with pytest.raises(StoreError, match="version 99 is not 1"):
         RunStore(tmp_path)
+
+
+def test_two_processes_cannot_run_one_run(tmp_path):
+    """The lock is the open file's, so a second store in this process meets it as another process would."""
+    experiment = toy_experiment()
+    first, second, other = RunStore(tmp_path), RunStore(tmp_path), RunStore(tmp_path, "local-A")
+    first.begin(experiment, toy_state(experiment))
+    with pytest.raises(StoreError, match="another process is running 'federated'"):
+        second.resume(experiment)
+    other.begin(experiment, toy_state(experiment))
+    assert second.rows("SELECT run FROM runs ORDER BY run") == [{"run": "federated"}, {"run": "local-A"}]
+    first.close()
+    assert second.resume(experiment).server_round == 0
+    second.close()
+    other.close()
