@@ -102,16 +102,18 @@ def test_a_run_killed_again_while_it_resumes_ends_as_if_undisturbed(tmp_path, un
 
 
 def test_a_run_killed_at_random_moments_ends_as_if_undisturbed(tmp_path, undisturbed):
-    generator = random.Random(5)
-    killed = 0
-    for number in range(20):
+    generator, longest, number, killed = random.Random(5), undisturbed[2], 0, 0
+    while killed < 20:
+        number += 1
         output = tmp_path / str(number)
-        killed += spawn(output, kill_after=generator.uniform(0, undisturbed[2])) == -signal.SIGKILL
+        if spawn(output, kill_after=generator.uniform(0, longest)) == -signal.SIGKILL:
+            killed += 1
+        else:
+            longest *= 0.8  # it was quicker than the kill: this machine is less busy than it was
         if number % 4 == 0:
-            spawn(output, kill_after=generator.uniform(0, undisturbed[2]))
+            spawn(output, kill_after=generator.uniform(0, longest))
         assert spawn(output) == 0
         check(output, undisturbed, kills=2)
-    assert killed >= 10
 
 
 def test_every_write_point_is_passed_in_the_order_in_which_it_is_listed(tmp_path, monkeypatch):
