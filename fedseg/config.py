@@ -27,6 +27,7 @@ from pydantic import (
 )
 
 from fedseg.errors import ConfigError, ModelError
+from fedseg.slicing import Slicing
 
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -148,6 +149,24 @@ class ModelConfig(Section):
     """One of the network's presets; absent: its default."""
     options: dict[str, OptionValue] = {}
     """Keyword arguments of the network that replace the preset's."""
+    slices: Annotated[PositiveInt, Field(le=15)] = 1
+    """Slices that the network sees at once: 1, or an odd number (2.5D), its neighbours being further channels."""
+    slice_axis: Literal["auto", "D", "H", "W"] = "auto"
+    """Axis along which networks of images cut volumes into slices; `auto`: that of the coarsest `data.spacing`, else D."""
+
+    @field_validator("slices")
+    @classmethod
+    def _slices_have_a_middle(cls, slices: int) -> int:
+        if slices % 2 == 0:
+            raise ValueError("must be odd, such as 3: a slice and its neighbours")
+        return slices
+
+    @field_validator("options")
+    @classmethod
+    def _slice_axis_is_set_in_one_place(cls, options: dict[str, Any]) -> dict[str, Any]:
+        if "slice_axis" in options:
+            raise ValueError("slice_axis is a setting of [model], not one of its options")
+        return options
 
 
 class TrainingConfig(Section):
@@ -268,8 +287,8 @@ class Experiment(Section):
             check_model(
                 self.model.name,
                 preset=self.model.preset,
-                options=self.model.options,
-                in_channels=len(self.task.channels),
+                options=self.network_options,
+                in_channels=self.in_channels,
                 num_labels=self.task.num_labels,
                 patch_size=self.training.patch_size,
                 batch_size=self.training.batch_size,
@@ -277,6 +296,28 @@ class Experiment(Section):
         except ModelError as error:
             raise ValueError(f"{key}: {error}") from error
         return self
+
+    @property
+    def slicing(self) -> Slicing:
+        """What the network sees of neighbouring slices."""
+        spacing = self.data.spacing or (1.0, 1.0, 1.0)
+        axis = self.model.slice_axis
+        return Slicing(self.model.slices, spacing.index(max(spacing)) if axis == "auto" else "DHW".index(axis))
+
+    @property
+    def in_channels(self) -> int:
+        """Input channels of the network."""
+        return len(self.task.channels) * self.model.slices
+
+    @property
+    def network_options(self) -> dict[str, Any]:
+        """Keyword arguments of the network; those of images are told the axis of their slices."""
+        from fedseg.models.registry import ARCHITECTURES
+
+        architecture = ARCHITECTURES.get(self.model.name)
+        if architecture is None or "slice_axis" not in architecture.options:
+            return dict(self.model.options)
+        return {**self.model.options, "slice_axis": "DHW"[self.slicing.axis]}
 
     def to_json(self) -> str:
         """The canonical JSON document: the same experiment gives the same text."""

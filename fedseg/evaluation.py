@@ -14,6 +14,7 @@ from fedseg.config import EvaluationConfig
 from fedseg.device import Precision
 from fedseg.inference import evaluating, predict_label
 from fedseg.metrics import FAILURE_DICE, LabelScore, bootstrap_ci, join_sums, means_from_sums, score_case
+from fedseg.slicing import EACH_ALONE, Slicing
 
 __all__ = [
     "CaseScore",
@@ -154,6 +155,7 @@ def evaluate(
     precision: Precision = "fp32",
     surface: bool | None = None,
     batch_size: int = 1,
+    slicing: Slicing = EACH_ALONE,
     on_case: Callable[[int, CaseScore], None] | None = None,
 ) -> Evaluation:
     """Segment every case and score it on its own (preprocessed) grid, one at a time.
@@ -168,6 +170,7 @@ def evaluate(
         precision: autocast type of the network.
         surface: overrides `config.surface_metrics`.
         batch_size: windows per forward pass.
+        slicing: neighbouring slices that the network sees as channels.
         on_case: called with the number of cases so far (1, 2, ...) and the case's scores.
     """
     model.to(device)
@@ -185,6 +188,7 @@ def evaluate(
                 device=device,
                 precision=precision,
                 batch_size=batch_size,
+                slicing=slicing,
             )
             found = score_case(
                 prediction,

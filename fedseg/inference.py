@@ -7,19 +7,24 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional
 
 from fedseg.device import Precision, autocast
+from fedseg.slicing import EACH_ALONE, Slicing
 
 Forward = Callable[[Tensor], Tensor]
 
 MAX_VOXELS_ON_GPU = 2**24
 """Larger volumes (about 256³) gather their logits in main memory, window by window."""
+MAX_PIXELS_ON_GPU, MAX_PIXELS_ON_CPU = 2**22, 2**18
+"""A network of images gets so many pixels at a time: 64 slices of 256², or 4."""
 
 
 @torch.no_grad()
@@ -33,11 +38,13 @@ def predict_logits(
     precision: Precision = "fp32",
     batch_size: int = 1,
     mirror: bool = False,
+    slicing: Slicing = EACH_ALONE,
 ) -> Tensor:
     """Logits of a whole volume.
 
     A volume shorter than the patch is padded on both sides, so that the network sees the field of view that it was trained
-    on; the padding is cut off again.
+    on; the padding is cut off again. A network of images, which sees each slice alone (`model.slice_axis`), gets windows
+    of as many slices as fill the device, without overlap along that axis.
 
     Args:
         model: on `device` already; run in evaluation mode, its modes are restored afterwards.
@@ -48,6 +55,7 @@ def predict_logits(
         precision: autocast type of the network; blending is in fp32.
         batch_size: windows per forward pass.
         mirror: average over the eight flips of the volume (test-time augmentation, eight times the work).
+        slicing: neighbouring slices that become channels; beyond the volume's ends its last slices are repeated.
 
     Returns:
         `(K, D, H, W)`, float32, on the CPU; an ordinary tensor, to be changed in place as one likes.
@@ -57,6 +65,7 @@ def predict_logits(
         image_CDHW = np.array(image_CDHW)  # memory maps of the cache are read-only, which tensors cannot be
     image_1CDHW = torch.as_tensor(image_CDHW, dtype=torch.float32)[None]
     flips = _all_flips() if mirror else [()]
+    windows = _Windows(tuple(patch_size), overlap, batch_size, getattr(model, "slice_axis", None))
     context = autocast(device, precision)
 
     def forward(windows_BCDHW: Tensor) -> Tensor:
@@ -68,9 +77,7 @@ def predict_logits(
     with evaluating(model):
         total: Tensor | None = None
         for axes in flips:
-            logits = _one_view(forward, image_1CDHW.flip(axes), tuple(patch_size), overlap, device, batch_size).flip(
-                axes
-            )
+            logits = _one_view(forward, image_1CDHW.flip(axes), windows, slicing, device).flip(axes)
             total = logits if total is None else total.add_(logits)
     assert total is not None
     return (total if len(flips) == 1 else total.div_(len(flips)))[0]
@@ -104,27 +111,51 @@ def _all_flips() -> list[tuple[int, ...]]:
     return [axes for count in range(4) for axes in itertools.combinations((2, 3, 4), count)]
 
 
+@dataclass(frozen=True)
+class _Windows:
+    """How a volume is cut into windows."""
+
+    patch_size: tuple[int, ...]
+    overlap: float
+    batch_size: int
+    slice_axis: int | None
+    """Axis along which the network's slices have nothing to do with each other."""
+
+    def size(self, volume: Sequence[int], device: torch.device) -> tuple[int, ...]:
+        """Window in voxels; as many slices as fill the device, if the network sees each of them alone."""
+        if self.slice_axis is None:
+            return self.patch_size
+        size = list(self.patch_size)
+        size[self.slice_axis] = 1
+        fitting = MAX_PIXELS_ON_GPU if device.type == "cuda" else MAX_PIXELS_ON_CPU
+        size[self.slice_axis] = min(volume[self.slice_axis], max(1, fitting // (math.prod(size) * self.batch_size)))
+        return tuple(size)
+
+    def overlaps(self) -> tuple[float, ...]:
+        """Overlap along D, H, W."""
+        return tuple(0.0 if axis == self.slice_axis else self.overlap for axis in range(3))
+
+
 def _one_view(
-    forward: Forward,
-    image_1CDHW: Tensor,
-    patch_size: tuple[int, ...],
-    overlap: float,
-    device: torch.device,
-    batch_size: int,
+    forward: Forward, image_1CDHW: Tensor, windows: _Windows, slicing: Slicing, device: torch.device
 ) -> Tensor:
-    size = tuple(image_1CDHW.shape[2:])
-    padded_1CDHW, inside = pad_to_patch(image_1CDHW, patch_size)
-    if tuple(padded_1CDHW.shape[2:]) == patch_size:
+    padded_1CDHW, inside = pad_to_patch(image_1CDHW, windows.patch_size)
+    size = tuple(padded_1CDHW.shape[2:])
+    window = windows.size(size, device)
+    if slicing.count > 1:
+        pads = [slicing.margin * (axis == slicing.axis) for axis in (2, 2, 1, 1, 0, 0)]
+        padded_1CDHW = slicing.stack(functional.pad(padded_1CDHW, pads, mode="replicate"))
+    if size == window:
         return forward(padded_1CDHW.to(device))[inside].cpu()
     from monai.inferers import sliding_window_inference  # here, since importing MONAI takes a second or two
 
     gather_on = device if math.prod(size) <= MAX_VOXELS_ON_GPU else torch.device("cpu")
     logits: Tensor = sliding_window_inference(
         padded_1CDHW,
-        roi_size=patch_size,
-        sw_batch_size=batch_size,
+        roi_size=window,
+        sw_batch_size=windows.batch_size,
         predictor=forward,
-        overlap=overlap,
+        overlap=windows.overlaps(),
         mode="gaussian",
         sw_device=device,
         device=gather_on,

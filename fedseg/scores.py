@@ -164,6 +164,7 @@ def _score(
         device=pick_device(device),
         precision=experiment.training.precision,
         surface=True,
+        slicing=experiment.slicing,
     )
     return {(case.name, case.person, label): score for case in evaluation.cases for label, score in case.labels.items()}
 

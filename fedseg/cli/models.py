@@ -45,9 +45,9 @@ def export(
     from fedseg.models.export import export_model
 
     experiment, network = load_model_file(model)
-    export_model(network, output, experiment.training.patch_size, len(experiment.task.channels))
+    export_model(network, output, experiment.training.patch_size, experiment.in_channels)
     size = "×".join(map(str, experiment.training.patch_size))
-    typer.echo(f"{output}: patches of {size} voxels, {len(experiment.task.channels)} channel(s), any batch size")
+    typer.echo(f"{output}: patches of {size} voxels, {experiment.in_channels} channel(s), any batch size")
 
 
 def _rows() -> list[dict[str, Any]]:

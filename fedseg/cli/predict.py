@@ -68,6 +68,7 @@ def predict(
             device=place,
             precision=experiment.training.precision,
             mirror=mirror,
+            slicing=experiment.slicing,
         )
         path = output / f"{name}.nii.gz" if images.is_dir() else output
         write_label(path, restore(logits_KDHW.numpy(), case.geometry), case.geometry.source)
@@ -116,6 +117,7 @@ def evaluate(
             device=pick_device(device),
             precision=experiment.training.precision,
             surface=True,
+            slicing=experiment.slicing,
             on_case=lambda done, _score: progress.update(task, completed=done),
         )
     console.print(_score_table(found))

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from fedseg.config import TrainingConfig
 from fedseg.data.augment import Pairs, build_augmentation, left_right_axis
 from fedseg.data.preprocess import PreparedCase
+from fedseg.slicing import EACH_ALONE, Slicing
 
 T = TypeVar("T", bound=np.generic)
 
@@ -21,7 +22,7 @@ class Batch:
     """Patches for one training step."""
 
     image: torch.Tensor
-    """float32 `(B, C, D, H, W)`."""
+    """float32 `(B, C, D, H, W)`; with neighbouring slices as channels, if the network sees them."""
     label: torch.Tensor
     """uint8 `(B, 1, D, H, W)`."""
 
@@ -34,14 +35,24 @@ class PatchSampler:
         config: patch and batch size, steps per epoch, foreground share, augmentation.
         seed: with the number of the epoch, decides everything.
         mirrored: label values that change places in a left-right flip; see `fedseg.data.augment.mirror_pairs`.
+        slicing: neighbouring slices that become channels. They come from the volume, not from the patch; beyond the
+            volume's ends its last slices are repeated.
     """
 
-    def __init__(self, cases: Sequence[PreparedCase], config: TrainingConfig, seed: int, mirrored: Pairs = ()) -> None:
+    def __init__(
+        self,
+        cases: Sequence[PreparedCase],
+        config: TrainingConfig,
+        seed: int,
+        mirrored: Pairs = (),
+        slicing: Slicing = EACH_ALONE,
+    ) -> None:
         if not cases:
             raise ValueError("a patch sampler needs at least one case")
         self._cases = sorted(cases, key=lambda case: case.name)
         self._config = config
         self._seed = seed
+        self._slicing = slicing
         flip = left_right_axis(self._cases[0].geometry.source.orientation)
         self._augment = build_augmentation(config.augmentation, mirrored, flip)
         self._padding: dict[int, NDArray[np.float32]] = {}
@@ -65,7 +76,7 @@ class PatchSampler:
             generator = np.random.default_rng((self._seed, index, step, 1))
             patches = [self._patch(int(i), generator) for i in order[step * size : (step + 1) * size]]
             yield Batch(
-                torch.from_numpy(np.stack([image for image, _ in patches])),
+                self._slicing.stack(torch.from_numpy(np.stack([image for image, _ in patches]))),
                 torch.from_numpy(np.stack([label for _, label in patches])[:, None]),
             )
 
@@ -81,11 +92,29 @@ class PatchSampler:
         case = self._cases[number]
         if case.label is None:
             raise ValueError(f"{case.name} has no label and cannot be trained on")
-        start = self._start(case, generator)
-        image = cut(case.image, start, self._config.patch_size, self._pad_value(number))
-        label = cut(case.label[None], start, self._config.patch_size, np.zeros(1, dtype=np.uint8))[0]
-        changed_image, changed_label = self._augment(image, label, generator)
-        return np.ascontiguousarray(changed_image), np.ascontiguousarray(changed_label)
+        start, margin = self._start(case, generator), self._margin()
+        label = cut(case.label[None], start - margin, self._size(2 * margin), np.zeros(1, dtype=np.uint8))[0]
+        changed_image, changed_label = self._augment(self._cut_image(number, start), label, generator)
+        return np.ascontiguousarray(changed_image), np.ascontiguousarray(self._slicing.inner(changed_label))
+
+    def _cut_image(self, number: int, start: NDArray[np.int64]) -> NDArray[np.float32]:
+        """The patch and its neighbouring slices, as far as the volume, or the patch if it is larger, has them."""
+        image = self._cases[number].image
+        margin, length = self._margin(), np.array(image.shape[1:])
+        first = np.maximum(start - margin, np.minimum(start, 0))
+        end = start + np.array(self._config.patch_size)
+        last = np.minimum(end + margin, np.maximum(end, length))
+        patch = cut(image, first, tuple(last - first), self._pad_value(number))
+        axis = self._slicing.axis
+        return self._slicing.widen(patch, int((first - start + margin)[axis]), int((end + margin - last)[axis]))
+
+    def _margin(self) -> NDArray[np.int64]:
+        """Slices to either side, along D, H, W."""
+        return np.array([self._slicing.margin if axis == self._slicing.axis else 0 for axis in range(3)])
+
+    def _size(self, more: NDArray[np.int64]) -> tuple[int, int, int]:
+        depth, height, width = np.array(self._config.patch_size) + more
+        return int(depth), int(height), int(width)
 
     def _start(self, case: PreparedCase, generator: np.random.Generator) -> NDArray[np.int64]:
         """First voxel of a patch; negative where the volume is smaller than the patch."""

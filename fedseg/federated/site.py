@@ -114,6 +114,7 @@ class Site:
             device=device,
             precision=experiment.training.precision,
             surface=surface,
+            slicing=experiment.slicing,
         ).sums()
 
     def _train(
@@ -128,7 +129,7 @@ class Site:
         if training.steps_per_epoch is not None:
             training = training.model_copy(update={"steps_per_epoch": training.steps_per_epoch * self.parts})
         patches_seed = derive_seed(experiment.seed, "patches", name)
-        sampler = PatchSampler(cases, training, patches_seed, mirror_pairs(experiment.task.labels))
+        sampler = PatchSampler(cases, training, patches_seed, mirror_pairs(experiment.task.labels), experiment.slicing)
         seed_everything(derive_seed(experiment.seed, "training", server_round, name))
         report = train_locally(
             model,
@@ -230,11 +231,11 @@ def new_model(experiment: Experiment) -> nn.Module:
     return build_model(
         experiment.model.name,
         preset=experiment.model.preset,
-        in_channels=len(experiment.task.channels),
+        in_channels=experiment.in_channels,
         num_labels=experiment.task.num_labels,
         patch_size=experiment.training.patch_size,
         deep_supervision=experiment.training.deep_supervision,
-        **experiment.model.options,
+        **experiment.network_options,
     )
 
 

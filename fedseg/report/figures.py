@@ -172,7 +172,11 @@ def _panels(output: Path, layout: Any, method: str, site: str, case_name: str) -
             index = int(np.argmax([len(np.unique(section)) * 1e6 + (section > 0).sum() for section in reference]))
             panels.append(_Panel(f"{site}: {case_name}, reference", prepared.image[0, index], reference[index]))
         label = predict_label(
-            model, prepared.image, experiment.training.patch_size, overlap=experiment.evaluation.overlap
+            model,
+            prepared.image,
+            experiment.training.patch_size,
+            overlap=experiment.evaluation.overlap,
+            slicing=experiment.slicing,
         )
         scores = score_case(label, reference, prepared.spacing, experiment.task.structures, surface=False)
         dice = mean(score.dice for score in scores.values())
