@@ -229,6 +229,8 @@ class FederationConfig(Section):
     """Passes over a site's training cases per round."""
     proximal_mu: NonNegativeFloat = 0.0
     """FedProx: weight of (mu/2)||w - w_global||^2; 0 is FedAvg."""
+    exchange: Literal["all", "all-but-norms", "decoder"] = "all"
+    """Tensors that are joined: `all`; `all-but-norms`: norm layers stay at their site (FedBN); `decoder`: the encoder does."""
     aggregate: Literal["mean", "median", "trimmed-mean"] = "mean"
     """`mean` streams; the robust ones hold all updates of a round in memory."""
     trim: Annotated[float, Field(ge=0, lt=0.5)] = 0.2

@@ -97,6 +97,8 @@ class Architecture:
     """Input voxels per voxel of the coarsest level, given all options; patches are padded to a multiple of it."""
     per_sample: Callable[[Mapping[str, Any]], bool]
     """Whether the coarsest level is normalised over each sample's voxels alone, given all options."""
+    encoder: str
+    """Regular expression for the names of the encoder's tensors, bottleneck included; the others are the decoder's."""
 
 
 @dataclass(frozen=True)
@@ -300,6 +302,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         },
         stride=_pyramid,
         per_sample=lambda options: options["norm"] == "instance",
+        encoder=r"^(downs|encoder|skip)\.",
     ),
     "unet": Architecture(
         module="fedseg.models.unet",
@@ -325,6 +328,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         },
         stride=_unet_stride,
         per_sample=lambda options: options["norm"] == "instance",
+        encoder=r"^net\.model\.(1\.submodule\.)*(0|conv|residual|adn)\.",
     ),
     "dynunet": Architecture(
         module="fedseg.models.unet",
@@ -349,5 +353,6 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         },
         stride=_unet_stride,
         per_sample=lambda options: options["norm"] == "instance",
+        encoder=r"^(input_block|downsamples|bottleneck)\.",
     ),
 }
