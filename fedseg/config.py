@@ -154,6 +154,12 @@ class ModelConfig(Section):
     slice_axis: Literal["auto", "D", "H", "W"] = "auto"
     """Axis along which networks of images cut volumes into slices; `auto`: that of the coarsest `data.spacing`, else D."""
 
+    pretrained: str | None = None
+    """Warm start: local safetensors file whose weights the first round starts from, relative to the experiment's file. Sites
+    get the weights with the first instructions, and of the path its last part."""
+    pretrained_part: Literal["encoder", "all"] = "encoder"
+    """What is taken from that file; what it does not have starts fresh."""
+
     @field_validator("slices")
     @classmethod
     def _slices_have_a_middle(cls, slices: int) -> int:
@@ -322,8 +328,18 @@ class Experiment(Section):
         return {**self.model.options, "slice_axis": "DHW"[self.slicing.axis]}
 
     def to_json(self) -> str:
-        """The canonical JSON document: the same experiment gives the same text."""
-        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        """The canonical JSON document: the same experiment gives the same text, in whatever folder its files lie."""
+        document = self.model_dump(mode="json")
+        if self.model.pretrained is not None:
+            document["model"]["pretrained"] = Path(self.model.pretrained).name
+        return json.dumps(document, sort_keys=True, separators=(",", ":"))
+
+    def located(self, folder: Path) -> Self:
+        """The same experiment, with paths relative to `folder` made absolute."""
+        if self.model.pretrained is None:
+            return self
+        model = self.model.model_copy(update={"pretrained": str(folder.resolve() / self.model.pretrained)})
+        return self.model_copy(update={"model": model})
 
     def digest(self) -> str:
         """SHA-256 of the canonical JSON document."""
@@ -335,7 +351,7 @@ S = TypeVar("S", bound=Section)
 
 def load_experiment(path: Path) -> Experiment:
     """Read and validate an experiment file."""
-    return load_section(Experiment, path)
+    return load_section(Experiment, path).located(path.parent)
 
 
 def parse_experiment(document: str) -> Experiment:

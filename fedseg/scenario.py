@@ -162,7 +162,9 @@ def load_scenario(path: Path, *, seed: int | None = None, rounds: int | None = N
         ConfigError: the file or its experiment is wrong.
     """
     document = read_toml(path)
+    home = path.parent
     if isinstance(document.get("experiment"), str):
+        home = (path.parent / document["experiment"]).parent
         document["experiment"] = read_toml(path.parent / document["experiment"])
     if isinstance(document.get("experiment"), dict):
         if seed is not None:
@@ -171,7 +173,7 @@ def load_scenario(path: Path, *, seed: int | None = None, rounds: int | None = N
             document["experiment"].setdefault("federation", {})["rounds"] = rounds
     scenario = validate_section(Scenario, json.dumps(document, default=str), source=str(path))
     base = path.resolve().parent
-    updates: dict[str, Any] = {}
+    updates: dict[str, Any] = {"experiment": scenario.experiment.located(home)}
     if scenario.source is not None:
         updates["source"] = scenario.source.model_copy(update={"data": str(base / _expand(scenario.source.data, path))})
     updates["sites"] = tuple(

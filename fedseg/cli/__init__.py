@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from fedseg import __version__
-from fedseg.cli import data, experiment, models, predict, simulate, train
+from fedseg.cli import data, experiment, models, predict, simulate, train, warm_start
 from fedseg.errors import FedsegError
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ for command in (
     predict.predict,
     models.models,
     models.export,
+    warm_start.warm_start,
 ):
     app.command()(command)
 app.add_typer(data.app, name="data")

@@ -32,6 +32,7 @@ def simulate(
     from rich.console import Console
 
     from fedseg.cli.display import RoundsDisplay
+    from fedseg.cli.warm_start import show_warm_start
     from fedseg.device import pick_device
     from fedseg.errors import ConfigError
     from fedseg.report.figures import draw_figures
@@ -48,6 +49,7 @@ def simulate(
     if overwrite:
         discard(output)
     console = Console()
+    show_warm_start(wanted.experiment, console)
     with RoundsDisplay(console, wanted.experiment.federation.rounds) as display:
         result = run(wanted, output, machine, resume=resume, show=display)
         pictures = draw_figures(output, lambda done, total: display.progress("pictures", done, total))
@@ -60,10 +62,10 @@ def simulate(
 
 def results(
     directories: Annotated[
-        list[Path], typer.Argument(help="Result directories; several of one study become mean ± SD.")
+        list[Path], typer.Argument(help="Result directories; those of one study become mean ± SD, different ones rows.")
     ],
 ) -> None:
-    """Show the comparison of finished simulations again, or over several seeds."""
+    """Show the comparison of finished simulations again, over several seeds, or of several studies side by side."""
     from fedseg.report.tables import load_result
 
     _show([load_result(directory) for directory in directories])
@@ -79,13 +81,15 @@ def usable_cores() -> int:
 def _show(found: list[dict[str, Any]]) -> None:
     from rich.console import Console
 
-    from fedseg.errors import ConfigError
-    from fedseg.report.tables import method_table, site_table
+    from fedseg.report.tables import comparison_table, method_table, site_table
 
-    names = {result["name"] for result in found}
-    if len(names) > 1:
-        raise ConfigError(f"results of different studies cannot be averaged: {', '.join(sorted(names))}")
+    studies: dict[str, list[dict[str, Any]]] = {}
+    for result in found:
+        studies.setdefault(result["name"], []).append(result)
     console = Console()
     if not console.is_terminal:
-        console = Console(width=160)
+        console = Console(width=180)
+    if len(studies) > 1:
+        console.print(comparison_table(list(studies.values())))
+        return
     console.print(method_table(found), site_table(found), sep="\n")

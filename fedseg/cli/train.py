@@ -28,6 +28,7 @@ def train(
 
     from fedseg.cli.display import RoundsDisplay
     from fedseg.cli.simulate import usable_cores
+    from fedseg.cli.warm_start import show_warm_start
     from fedseg.config import load_experiment
     from fedseg.data.cohort import PersonRule
     from fedseg.errors import ConfigError
@@ -54,6 +55,7 @@ def train(
     for config in sites:
         Site(config).prepare(wanted, progress=True)
     console = Console()
+    show_warm_start(wanted, console)
     with RoundsDisplay(console, wanted.federation.rounds) as display:
         path = train_alone(
             wanted, sites, "train", output, resume=resume, observe=lambda event: display.event("train", event)

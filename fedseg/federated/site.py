@@ -24,6 +24,7 @@ from fedseg.federated.messages import Answer, RoundInstructions, SiteFailure, Si
 from fedseg.federated.rounds import ServerState, derive_seed, initial_state
 from fedseg.federated.weights import subtract
 from fedseg.models import build_model
+from fedseg.models.pretrained import WarmStart, load_pretrained
 from fedseg.site.config import SiteConfig
 from fedseg.training import train_locally
 
@@ -220,9 +221,14 @@ class OpenSites:
 
 
 def start_state(experiment: Experiment) -> ServerState:
-    """The state before round 1: a network freshly initialised from the experiment's seed."""
+    """The state before round 1: a network freshly initialised from the experiment's seed, and what a warm start gives it.
+
+    Raises:
+        ModelError: the file of pretrained weights cannot be read, or nothing in it fits.
+    """
     seed_everything(experiment.seed)
     model = new_model(experiment)
+    warm_start(model, experiment)
     return initial_state(experiment, take_weights(model), buffer_names(model))
 
 
@@ -237,6 +243,16 @@ def new_model(experiment: Experiment) -> nn.Module:
         deep_supervision=experiment.training.deep_supervision,
         **experiment.network_options,
     )
+
+
+def warm_start(model: nn.Module, experiment: Experiment) -> WarmStart | None:
+    """Load the experiment's pretrained weights into its network; None if it has none."""
+    wanted = experiment.model
+    if wanted.pretrained is None:
+        return None
+    report = load_pretrained(model, wanted.name, Path(wanted.pretrained), wanted.pretrained_part)
+    log.info("warm start from %s", report)
+    return report
 
 
 @lru_cache(maxsize=2)

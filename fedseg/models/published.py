@@ -4,6 +4,7 @@ A released checkpoint names the same tensors differently and may lay them out di
 released counterpart, `published_names` says what each of our tensors is called there; a new network registers a function.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import singledispatch
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from fedseg.errors import ModelError
 from fedseg.models.mlru import Block, MLRUPlusPlus
+from fedseg.models.rwkv import RWKVUNet, RWKVUNet3d
 
 _SHOWN = 12
 """Most names of one kind that an error lists."""
@@ -23,7 +25,7 @@ def load(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     Args:
         model: a network with a released counterpart, built with the options of that checkpoint.
         state_dict: tensors by their released names, `module.` in front or not. Counters (`num_batches_tracked`) may be
-            missing, and so may our network's auxiliary heads: those in the checkpoint are then left unread.
+            missing. Left unread are auxiliary heads that our network was built without, and dead tensors of RWKV-UNet.
 
     Raises:
         ModelError: the network has no released counterpart, or names are missing or unknown, or shapes do not fit.
@@ -45,7 +47,7 @@ def load(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, theirs in names.items():
             if theirs in given:
-                ours[name].copy_(_as_ours(theirs, given[theirs], ours[name]))
+                ours[name].copy_(in_our_layout(theirs, given[theirs], ours[name]))
 
 
 @singledispatch
@@ -115,28 +117,91 @@ def _block_parts(residuals: int, kernels: int) -> Iterator[tuple[str, str]]:
             yield f"residual.{index}.norm{half}", f"conv5{index + 1}.norm{half}"
 
 
+@published_names.register
+def _(model: RWKVUNet) -> dict[str, str]:
+    """Source: the released checkpoints of RWKV-UNet (arXiv 2501.08458)."""
+    if isinstance(model, RWKVUNet3d):
+        raise ModelError("RWKVUNet3d has no released counterpart whose weights could be loaded")
+    return {name: _rwkv_name(name, model) for name in model.state_dict()}
+
+
+def _rwkv_name(ours: str, model: RWKVUNet) -> str:
+    """Released name of one tensor: where it stands, then the parts of a block."""
+    place, name = ours.split(".", 1)
+    if place == "stem":
+        return f"encoder.stage0.0.{_rwkv_part(name)}"
+    if place == "stages":
+        stage, block, name = name.split(".", 2)
+        if name.startswith("norm.") and int(stage) >= len(model.stages) - 2:
+            name = f"norm.{name}"  # a norm over channels is wrapped once more
+        return f"encoder.stage{int(stage) + 1}.{block}.{_rwkv_part(name)}"
+    if place == "decoder":
+        block, name = name.split(".", 1)
+        return f"decoder{int(block) + 1}.{_rwkv_part(name)}"
+    if place == "ccm":
+        return f"ccm.{_rwkv_part(name, mix='channel', outer={'norm': 'ln1', **_RWKV_SCALES})}"
+    return f"final_conv.{name}"
+
+
+def _rwkv_part(name: str, mix: str = "att", outer: Mapping[str, str] | None = None) -> str:
+    part, _, rest = name.partition(".")
+    if part == "mix":
+        inner, _, tensor = rest.partition(".")
+        renamed = _RWKV_MIX.get(inner, inner)
+        return f"{mix}.{renamed}.{tensor}" if tensor else f"{mix}.{renamed}"
+    return f"{(outer or _RWKV_BLOCK).get(part, part)}.{rest}"
+
+
+_RWKV_BLOCK = {
+    "expand": "conv.conv",
+    "expand_norm": "conv.norm",
+    "local": "conv_local.conv",
+    "local_norm": "conv_local.norm",
+    "project": "proj.conv",
+    "project_norm": "proj.norm",
+    "squeeze": "se.conv_reduce",
+    "excite": "se.conv_expand",
+    "mix_norm": "ln1",
+}
+_RWKV_SCALES = {"enter": "projections", "leave": "final_projections"}
+_RWKV_MIX = {
+    "decay": "spatial_decay",
+    "first": "spatial_first",
+    "mix_key": "spatial_mix_k",
+    "mix_value": "spatial_mix_v",
+    "mix_receptance": "spatial_mix_r",
+    "norm": "key_norm",
+}
+_RWKV_DEAD = re.compile(r"\.(ln1|ln2|att)\.|^encoder\.(?!stage)")
+"""Tensors of released RWKV-UNet checkpoints that no forward pass reads: attention where there is none, a classifier."""
+
+
 def _may_go_unread(model: nn.Module, name: str) -> bool:
-    """Whether a name belongs to an auxiliary head that this network was built without."""
+    """Whether a name belongs to an auxiliary head that this network was built without, or to nothing."""
+    if isinstance(model, RWKVUNet):
+        return _RWKV_DEAD.search(name) is not None
     return isinstance(model, MLRUPlusPlus) and len(model.heads) == 1 and name.startswith(("out2.", "out3."))
 
 
-def _as_ours(name: str, theirs: Tensor, ours: Tensor) -> Tensor:
-    """A released tensor in our layout: position embeddings `(1, N, C)` become `(1, C, D, H, W)`."""
-    if not name.endswith(".pos_embed"):
-        return theirs
-    return theirs.transpose(1, 2).reshape(ours.shape)
+def in_our_layout(name: str, theirs: Tensor, ours: Tensor) -> Tensor:
+    """A released tensor in our layout: position embeddings `(1, N, C)` become `(1, C, D, H, W)`, mixes lose two axes."""
+    return (theirs.transpose(1, 2) if name.endswith(".pos_embed") else theirs).reshape(ours.shape)
+
+
+def released_shape(name: str, ours: Tensor) -> tuple[int, ...]:
+    """Shape of our tensor under its released name."""
+    if name.endswith(".pos_embed"):
+        return (1, ours[0, 0].numel(), ours.shape[1])
+    return ((1, 1) if ".spatial_mix_" in name else ()) + tuple(ours.shape)
 
 
 def _misfits(names: Mapping[str, str], ours: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
-    found = []
-    for name, theirs in names.items():
-        if theirs not in given:
-            continue
-        shape = tuple(ours[name].shape)
-        wanted = (1, ours[name][0, 0].numel(), shape[1]) if theirs.endswith(".pos_embed") else shape
-        if tuple(given[theirs].shape) != wanted:
-            found.append(f"{theirs} is {tuple(given[theirs].shape)}, not {wanted}")
-    return found
+    wanted = {theirs: released_shape(theirs, ours[name]) for name, theirs in names.items()}
+    return [
+        f"{name} is {tuple(given[name].shape)}, not {shape}"
+        for name, shape in wanted.items()
+        if name in given and tuple(given[name].shape) != shape
+    ]
 
 
 def _list(fault: str, names: Iterable[str]) -> list[str]:

@@ -19,7 +19,7 @@ class Option:
     """One keyword argument of a network, as far as it can be checked without building the network."""
 
     kind: str
-    """`int`, `float`, `bool`, `ints` (a list of them) or `choice`."""
+    """`int`, `float`, `bool`, `ints` or `floats` (lists of them) or `choice`."""
     choices: tuple[str, ...] = ()
     """What a `choice` may be."""
     least: float = 0
@@ -27,7 +27,7 @@ class Option:
     most: float = math.inf
     """Largest value (of each entry)."""
     length: tuple[int, int] = (1, 8)
-    """Fewest and most entries of `ints`."""
+    """Fewest and most entries of a list."""
     odd: bool = False
     """Whether entries must be odd."""
 
@@ -37,11 +37,16 @@ class Option:
             return "one of " + ", ".join(map(repr, self.choices))
         if self.kind == "bool":
             return "true or false"
-        number = {"float": "a number", "int": "a whole number", "ints": "odd numbers" if self.odd else "whole numbers"}
+        number = {
+            "float": "a number",
+            "int": "an odd number" if self.odd else "a whole number",
+            "floats": "numbers",
+            "ints": "odd numbers" if self.odd else "whole numbers",
+        }
         words = f"{number[self.kind]} of at least {self.least:g}"
         if self.most < math.inf:
             words = f"{number[self.kind]} from {self.least:g} to {self.most:g}"
-        if self.kind == "ints":
+        if self.kind in ("ints", "floats"):
             low, high = self.length
             words = f"{low if low == high else f'{low} to {high}'} {words}"
         return words
@@ -52,11 +57,11 @@ class Option:
             return value in self.choices
         if self.kind == "bool":
             return isinstance(value, bool)
-        if self.kind == "ints":
+        if self.kind in ("ints", "floats"):
             return (
                 isinstance(value, (list, tuple))
                 and self.length[0] <= len(value) <= self.length[1]
-                and all(self._is_number(entry, whole=True) for entry in value)
+                and all(self._is_number(entry, whole=self.kind == "ints") for entry in value)
             )
         return self._is_number(value, whole=self.kind == "int")
 
@@ -96,7 +101,7 @@ class Architecture:
     stride: Callable[[Mapping[str, Any]], Size]
     """Input voxels per voxel of the coarsest level, given all options; patches are padded to a multiple of it."""
     per_sample: Callable[[Mapping[str, Any]], bool]
-    """Whether the coarsest level is normalised over each sample's voxels alone, given all options."""
+    """Whether the coarsest level is normalised over each sample's (each slice's) voxels alone, given all options."""
     encoder: str
     """Regular expression for the names of the encoder's tensors, bottleneck included; the others are the decoder's."""
 
@@ -178,10 +183,11 @@ def check_model(
         raise ModelError(f"{name}: a patch needs at least one voxel per axis, got {tuple(patch_size)}")
     stride = architecture.stride(joined)
     per_sample = architecture.per_sample(joined)
-    coarsest = [-(-length // step) for length, step in zip(patch_size, stride, strict=True)]
+    counting = [i for i, axis in enumerate("DHW") if not (per_sample and axis == joined.get("slice_axis"))]
+    coarsest = [-(-patch_size[i] // stride[i]) for i in counting]
     if math.prod(coarsest) * (1 if per_sample else batch_size) > 1:
         return
-    axis = min(range(3), key=lambda i: (stride[i], -i))
+    axis = min(counting, key=lambda i: (stride[i], -i))
     larger = tuple(step + 1 if i == axis else n for i, (n, step) in enumerate(zip(patch_size, stride, strict=True)))
     raise ModelError(
         f"{name}: a patch of {_by(patch_size)} shrinks to a single voxel (one per {_by(stride)}), which has no statistics"
@@ -232,6 +238,28 @@ _MLRU = {
     "conv_dropout": 0.1,
     "norm": "batch",
 }
+_RWKV_SIZES: Mapping[str, Mapping[str, Any]] = {
+    "t": {"depths": (2, 2, 4, 2), "widths": (32, 48, 96, 160), "expansions": (2, 2.5, 3, 3.5)},
+    "s": {"depths": (3, 3, 6, 3), "widths": (32, 64, 128, 192), "expansions": (2, 2.5, 3, 4)},
+    "b": {"depths": (3, 3, 6, 3), "widths": (48, 72, 144, 240), "expansions": (2, 2.5, 4, 4)},
+}
+_RWKV_OPTIONS: Mapping[str, Option] = {
+    "depths": Option("ints", least=1, length=(4, 4)),
+    "widths": Option("ints", least=4, length=(4, 4)),
+    "expansions": Option("floats", least=1, most=16, length=(4, 4)),
+    "stem_width": Option("int", least=1),
+    "kernel": Option("int", least=1, most=15, odd=True),
+    "decoder_kernel": Option("int", least=1, most=15, odd=True),
+    "drop_path": Option("float", most=0.99),
+    "norm": Option("choice", ("batch", "instance", "group")),
+    "memory_format": Option("choice", ("auto", "contiguous", "channels_last")),
+}
+
+
+def _rwkv_slices(options: Mapping[str, Any]) -> Size:
+    return tuple(1 if axis == options["slice_axis"] else 16 for axis in "DHW")  # type: ignore[return-value]
+
+
 _SYNAPSE = Preset(
     "as released for Synapse, abdominal CT",
     (64, 128, 128),
@@ -354,5 +382,41 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         stride=_unet_stride,
         per_sample=lambda options: options["norm"] == "instance",
         encoder=r"^(input_block|downsamples|bottleneck)\.",
+    ),
+    "rwkv-unet": Architecture(
+        module="fedseg.models.rwkv",
+        factory="RWKVUNet",
+        default_preset="t",
+        presets={
+            size: Preset(
+                f"as released, size {size.upper()}, slice by slice",
+                (1, 224, 224),
+                num_labels=9,
+                options={**options, "norm": "batch", "slice_axis": "D"},
+            )
+            for size, options in _RWKV_SIZES.items()
+        },
+        options={**_RWKV_OPTIONS, "slice_axis": Option("choice", ("D", "H", "W"))},
+        stride=_rwkv_slices,
+        per_sample=lambda options: options["norm"] == "instance",
+        encoder=r"^(stem|stages)\.",
+    ),
+    "rwkv-unet-3d": Architecture(
+        module="fedseg.models.rwkv",
+        factory="RWKVUNet3d",
+        default_preset="t",
+        presets={
+            size: Preset(
+                f"RWKV-UNet over volumes, size {size.upper()} (our extension)",
+                (48, 64, 48),
+                num_labels=9,
+                options={**options, "norm": "batch", "kernel": 3, "decoder_kernel": 5},
+            )
+            for size, options in _RWKV_SIZES.items()
+        },
+        options=_RWKV_OPTIONS,
+        stride=lambda _options: (16, 16, 16),
+        per_sample=lambda options: options["norm"] == "instance",
+        encoder=r"^(stem|stages)\.",
     ),
 }

@@ -14,6 +14,8 @@ from fedseg.errors import StoreError
 Result = dict[str, Any]
 """What `result.json` holds."""
 
+CAPTION = "R: share of pooled Dice. W: worst site's deficit against pooled. G: smallest gain over training alone."
+
 
 def load_result(directory: Path) -> Result:
     """Read a result directory's `result.json`.
@@ -41,21 +43,49 @@ def method_table(results: Sequence[Result]) -> Table:
     for heading in ("method", "Dice", "worst site", *labels, "HD95 mm", "R %", "W pt", "G pt"):
         table.add_column(heading, justify="left" if heading == "method" else "right")
     for method in _methods(first):
-        finals = [result["final"][method] for result in results]
-        heads = [result["headline"].get(method, {}) for result in results]
-        table.add_row(
-            method,
-            spread([final["dice_mean"] for final in finals], 3),
-            spread([final["dice_worst_site"] for final in finals], 3),
-            *(spread([final["labels"][label] for final in finals], 3) for label in labels),
-            spread([final["hd95_mm"] for final in finals], 2),
-            spread([_scaled(head.get("R"), 100) for head in heads], 1),
-            *(spread([_scaled(head.get(key), 1) for head in heads], 1) for key in ("W", "G")),
-        )
-    table.caption = (
-        "R: share of pooled Dice. W: worst site's deficit against pooled. G: smallest gain over training alone."
-    )
-    table.caption_justify = "left"
+        table.add_row(method, *_cells(results, method, labels))
+    table.caption, table.caption_justify = CAPTION, "left"
+    return table
+
+
+def comparison_table(studies: Sequence[Sequence[Result]]) -> Table:
+    """One row per study and method, for studies that differ in their network or training; columns as in `method_table`.
+
+    Raises:
+        StoreError: they were scored on other structures or other test cases.
+    """
+    first = studies[0][0]
+    labels = list(next(iter(first["final"].values()))["labels"])
+    for results in studies:
+        for result in results:
+            found = next(iter(result["final"].values()))
+            if list(found["labels"]) != labels or (result["test"], found["cases"]) != (first["test"], _cases(first)):
+                raise StoreError(
+                    f"{result['name']}, seed {result['seed']}, was scored on {found['cases']} cases ({result['test']}; "
+                    f"{', '.join(found['labels'])}), {first['name']} on {_cases(first)} ({first['test']}; {', '.join(labels)})"
+                )
+    table = Table(title=f"scored on {first['test']}", title_justify="left")
+    for heading in (
+        "study",
+        "network",
+        "seeds",
+        "method",
+        "Dice",
+        "worst site",
+        *labels,
+        "HD95 mm",
+        "R %",
+        "W pt",
+        "G pt",
+    ):
+        table.add_column(heading, justify="left" if heading in ("study", "network", "method") else "right")
+    for results in studies:
+        model = results[0]["model"]
+        network = f"{model['name']} {model['preset'] or ''}".rstrip()
+        for method in _methods(results[0]):
+            table.add_row(results[0]["name"], network, str(len(results)), method, *_cells(results, method, labels))
+        table.add_section()
+    table.caption, table.caption_justify = CAPTION, "left"
     return table
 
 
@@ -80,6 +110,24 @@ def spread(values: Sequence[float | None], digits: int) -> str:
         return ""
     mean = f"{statistics.fmean(known):.{digits}f}"
     return mean if len(known) == 1 else f"{mean} ± {statistics.stdev(known):.{digits}f}"
+
+
+def _cells(results: Sequence[Result], method: str, labels: Sequence[str]) -> list[str]:
+    finals = [result["final"][method] for result in results]
+    heads = [result["headline"].get(method, {}) for result in results]
+    return [
+        spread([final["dice_mean"] for final in finals], 3),
+        spread([final["dice_worst_site"] for final in finals], 3),
+        *(spread([final["labels"][label] for final in finals], 3) for label in labels),
+        spread([final["hd95_mm"] for final in finals], 2),
+        spread([_scaled(head.get("R"), 100) for head in heads], 1),
+        *(spread([_scaled(head.get(key), 1) for head in heads], 1) for key in ("W", "G")),
+    ]
+
+
+def _cases(result: Result) -> int:
+    cases: int = next(iter(result["final"].values()))["cases"]
+    return cases
 
 
 def _methods(result: Result) -> list[str]:

@@ -16,6 +16,8 @@ SMALLER = {
     "mlru++": {"base_width": 4, "depths": [1, 1, 1, 1], "decoder_depth": 1},
     "unet": {"widths": [4, 6, 8]},
     "dynunet": {"widths": [4, 6, 8, 10]},
+    "rwkv-unet": {"depths": [2, 2, 2, 2], "widths": [6, 8, 12, 16], "stem_width": 4},
+    "rwkv-unet-3d": {"depths": [2, 2, 2, 2], "widths": [6, 8, 12, 16], "stem_width": 4},
 }
 """Options that make each network small; a network without an entry is built as its preset has it."""
 
@@ -172,8 +174,9 @@ def test_the_memory_layout_of_the_input_does_not_matter(name, batch):
 @every_kind
 def test_a_compiled_network_trains_as_the_plain_one(name):
     torch.compiler.reset()
-    shallow = {"depths": [1, 1], "stem": [1, 2, 2]} if name == "mlru++" else {}
-    plain, compiled = (without_dropout(build(name, **shallow)).train() for _ in range(2))
+    shallow = {"mlru++": {"depths": [1, 1], "stem": [1, 2, 2]}}
+    shallow |= {key: {"depths": [1, 1, 2, 2], "drop_path": 0.0} for key in ("rwkv-unet", "rwkv-unet-3d")}
+    plain, compiled = (without_dropout(build(name, **shallow.get(name, {}))).train() for _ in range(2))
     compiled.compile(backend="aot_eager", fullgraph=True, dynamic=False)
     losses = [loss_of(model, images()) for model in (plain, compiled)]
     assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-4)

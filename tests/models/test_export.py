@@ -12,6 +12,8 @@ NETWORKS = {
     "mlru++": {"base_width": 2, "depths": [1, 1], "n_res": 1},
     "unet": {"widths": [4, 6]},
     "dynunet": {"widths": [4, 6, 8]},
+    "rwkv-unet": {"depths": [1, 1, 2, 2], "widths": [6, 8, 12, 16], "stem_width": 4},
+    "rwkv-unet-3d": {"depths": [1, 1, 2, 2], "widths": [6, 8, 12, 16], "stem_width": 4},
 }
 
 
