@@ -45,6 +45,8 @@ def _plain_value(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
         raise ValueError("must be true or false, a number, a text, or a list of numbers or of texts") from None
 
 
+Exchange = Literal["all", "all-but-norms", "decoder"]
+
 OptionValue = Annotated[
     bool | int | FiniteFloat | str | list[int] | list[FiniteFloat] | list[str] | None, WrapValidator(_plain_value)
 ]
@@ -235,7 +237,7 @@ class FederationConfig(Section):
     """Passes over a site's training cases per round."""
     proximal_mu: NonNegativeFloat = 0.0
     """FedProx: weight of (mu/2)||w - w_global||^2; 0 is FedAvg."""
-    exchange: Literal["all", "all-but-norms", "decoder"] = "all"
+    exchange: Exchange = "all"
     """Tensors that are joined: `all`; `all-but-norms`: norm layers stay at their site (FedBN); `decoder`: the encoder does."""
     aggregate: Literal["mean", "median", "trimmed-mean"] = "mean"
     """`mean` streams; the robust ones hold all updates of a round in memory."""

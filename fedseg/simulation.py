@@ -18,10 +18,11 @@ from fedseg.errors import StoreError
 from fedseg.federated.checkpoint import load_state, write_durably
 from fedseg.federated.driver import Event, Fleet, run_federation
 from fedseg.federated.local import InProcessFleet, WorkerFleet
+from fedseg.federated.private import PrivateTensors
 from fedseg.federated.rounds import ServerState
-from fedseg.federated.site import OpenSites, PooledSite, Site, answer_safely, start_state
+from fedseg.federated.site import OpenSites, PooledSite, Site, answer_safely, private_of, start_state
 from fedseg.federated.store import RunStore
-from fedseg.model_file import save_model_file
+from fedseg.model_file import model_path, save_model_file, site_model_path
 from fedseg.scenario import Layout, Scenario, lay_out
 from fedseg.scores import CaseRow, score_model, summarise, write_scores
 from fedseg.site.config import SiteConfig
@@ -75,7 +76,8 @@ def simulate(
     Args:
         scenario: sites, experiment, methods and baselines.
         output: receives `store.sqlite`, `checkpoints/`, `models/`, `scores.csv`, `scenario.json`, `layout.json` and
-            `result.json`.
+            `result.json`; where tensors stay at the sites (`federation.exchange`), also `private/` and a folder in `models/`
+            with the model of each site.
         machine: workers and devices.
         resume: go on with what the directory holds.
         show: is told of progress.
@@ -86,7 +88,10 @@ def simulate(
     Raises:
         StoreError: the directory holds results and `resume` is False.
         QuorumError: a run had too few sites.
+        ConfigError: a method wants tensors to stay at the sites of which the network has none.
     """
+    for method in scenario.methods:
+        private_of(scenario.experiment_of(method))  # before hours of work on other methods
     show = show or Silent()
     begun = time.monotonic()
     if not resume and (output / "store.sqlite").exists():
@@ -99,9 +104,10 @@ def simulate(
     _write_json(output / "layout.json", layout.model_dump(mode="json"))
     for method in scenario.methods:
         experiment = scenario.experiment_of(method)
-        with _fleet(layout.sites, machine) as fleet:
+        sites = _with_state(layout.sites, output, method)
+        with _fleet(sites, machine) as fleet:
             state = _run(experiment, method, output, fleet, resume, partial(show.event, method))
-        save_model_file(_model(output, method), experiment, state.weights, f"{experiment.name}/{method}")
+        _save_models(output, method, experiment, state, sites)
     baselines = _baselines(scenario, layout)
     _run_baselines(baselines, scenario.experiment, output, machine, resume, show)
     rows = _score_all([*scenario.methods, *baselines], scenario.experiment, layout, output, machine, show)
@@ -154,7 +160,7 @@ def train_alone(
     site = PooledSite(opened) if len(opened) > 1 else opened[0]
     fleet = InProcessFleet([site.config.name], lambda name, instructions: answer_safely(site, name, instructions))
     state = _run(experiment, run, output, fleet, resume, observe)
-    path = _model(output, run)
+    path = model_path(output, run)
     save_model_file(path, experiment, state.weights, f"{experiment.name}/{run}")
     return path
 
@@ -162,6 +168,7 @@ def train_alone(
 _ALONE: dict[str, Any] = {
     "min_sites": 1,
     "participation": 1.0,
+    "exchange": "all",
     "proximal_mu": 0.0,
     "aggregate": "mean",
     "server_optimizer": "average",
@@ -183,6 +190,12 @@ def _prepared(scenario: Scenario, output: Path, machine: Machine, show: Show) ->
     show.progress("preprocess", len(sites), len(sites))
     test = layout.test and layout.test.model_copy(update={"device": devices[0]})
     return Layout(sites=sites, test=test)
+
+
+def _with_state(sites: Sequence[SiteConfig], output: Path, method: str) -> tuple[SiteConfig, ...]:
+    """The sites with a place for their private tensors that no other run shares."""
+    state = str(output.resolve() / "private" / method)
+    return tuple(site.model_copy(update={"state": state}) for site in sites)
 
 
 @contextmanager
@@ -208,6 +221,19 @@ def _run(
         return run_federation(experiment, fleet, store, lambda: start_state(experiment), resume=resume, observe=observe)
     finally:
         store.close()
+
+
+def _save_models(
+    output: Path, method: str, experiment: Experiment, state: ServerState, sites: Sequence[SiteConfig]
+) -> None:
+    """Write the server's model, and each site's own if tensors stayed at the sites."""
+    origin = f"{experiment.name}/{method}"
+    save_model_file(model_path(output, method), experiment, state.weights, origin)
+    for site in sites if state.private else ():
+        kept = PrivateTensors(site.state_folder, experiment.to_json(), site.name, state.private)
+        own = kept.latest() or {}  # a site that was never asked has the initial values
+        path = site_model_path(output, method, site.name)
+        save_model_file(path, experiment, state.weights | own, f"{origin}/{site.name}", site=site.name)
 
 
 def _baselines(scenario: Scenario, layout: Layout) -> dict[str, tuple[SiteConfig, ...]]:
@@ -251,7 +277,10 @@ def _score_all(
     calls = []
     for run in runs:
         sites = tuple(site for site in layout.sites if run == f"local-{site.name}") or layout.sites
-        calls.append((_model(output, run), run, experiment, sites, layout.test))
+        models: dict[Path, list[SiteConfig]] = {}
+        for site in sites:
+            models.setdefault(model_path(output, run, site.name), []).append(site)
+        calls += [(path, run, experiment, tuple(users), layout.test) for path, users in models.items()]
     parts = _in_parallel(
         score_model, calls, machine.workers, lambda finished: show.progress("evaluate", finished, len(calls))
     )
@@ -307,10 +336,6 @@ def _final_state(output: Path, run: str) -> ServerState:
         return load_state(output / "checkpoints" / row["checkpoint"], row["checkpoint_sha256"])
     finally:
         store.close()
-
-
-def _model(output: Path, run: str) -> Path:
-    return output / "models" / f"{run}.safetensors"
 
 
 def _write_json(path: Path, document: object) -> None:

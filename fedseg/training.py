@@ -7,7 +7,7 @@ nothing joins the autograd graph, and mu = 0 is FedAvg bit for bit.
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -62,6 +62,7 @@ def train_locally(
     *,
     anchor: Mapping[str, Tensor] | None = None,
     proximal_mu: float = 0.0,
+    unanchored: Collection[str] = (),
     progress: float = 0.0,
     device: torch.device | str = "cpu",
     on_step: Callable[[int, float], None] | None = None,
@@ -78,6 +79,7 @@ def train_locally(
         config: optimizer, schedule, clipping, precision; the patch's size is the sampler's business.
         anchor: the global weights by parameter name; needed if `proximal_mu > 0`, else not looked at.
         proximal_mu: FedProx's mu; 0 is plain local training.
+        unanchored: names of parameters that FedProx does not pull, and that the anchor may lack.
         progress: position of this call in the federation, `(round - 1) / rounds`; decides the learning rate.
         device: where to train.
         on_step: called with the number of steps so far (1, 2, ...) and that step's loss.
@@ -95,7 +97,8 @@ def train_locally(
         use_channels_last(model)
     trainable = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     weights = list(trainable.values())
-    anchors = _anchors(trainable, anchor, proximal_mu)
+    pulled = {name: weight for name, weight in trainable.items() if name not in unanchored}
+    anchors = _anchors(pulled, anchor, proximal_mu)
     optimizer = _optimizer(weights, config, learning_rate(config, progress))
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
     criterion = DiceCrossEntropy(getattr(model, "deep_supervision_weights", None))
@@ -112,7 +115,7 @@ def train_locally(
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         if proximal_mu > 0:
-            add_proximal_gradient(weights, anchors, proximal_mu)
+            add_proximal_gradient(list(pulled.values()), anchors, proximal_mu)
         norm = nn.utils.clip_grad_norm_(weights, config.clip_norm or math.inf)
         scaler.step(optimizer)
         scaler.update()

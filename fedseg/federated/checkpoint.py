@@ -28,6 +28,7 @@ def save_state(path: Path, state: ServerState) -> str:
         "experiment_digest": state.experiment_digest,
         "server_round": state.server_round,
         "buffers": sorted(state.buffers),
+        "private": sorted(state.private),
         "norms": [value.hex() for value in state.norms],
     }
     groups = {"weights": state.weights, **state.moments}
@@ -70,6 +71,7 @@ def load_state(path: Path, sha256: str | None = None) -> ServerState:
             server_round=header["server_round"],
             weights=groups.pop("weights", {}),
             buffers=frozenset(header["buffers"]),
+            private=frozenset(header.get("private", ())),  # a checkpoint from before there were any has none
             moments=groups,
             norms=tuple(float.fromhex(value) for value in header["norms"]),
         )

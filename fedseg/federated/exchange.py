@@ -1,34 +1,44 @@
 """Which tensors of a network a federation exchanges, and how they get out of it and back in.
 
-All floating-point entries of the state dict travel, as float32: parameters, and buffers such as running means and
-variances (leaving those out is the classic way to break a federation with BatchNorm). Integer buffers
+A network's weights are all floating-point entries of its state dict, as float32: parameters, and buffers such as running
+means and variances (leaving those out is the classic way to break a federation with BatchNorm). Integer buffers
 (`num_batches_tracked`) stay at the site: a mean of counters has no meaning, and no forward pass reads them.
+
+`federation.exchange` says which weights the sites train together. The others are private: every site has its own, and no
+update carries them. `all-but-norms` is FedBN (Li et al., arXiv 2102.07623), here for every kind of normalisation layer;
+with `decoder`, each site has an encoder of its own.
 """
 
+import re
 from collections.abc import Mapping
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedseg.config import Exchange
 from fedseg.errors import ModelError
 from fedseg.federated.weights import FloatArray, Weights
+from fedseg.layers.norm import InstanceNorm
+
+NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, InstanceNorm)
+"""Normalisation layers, PyTorch's (which MONAI uses too) and ours; batch and instance norms have a base class in common."""
 
 
 def take_weights(model: nn.Module) -> Weights:
-    """Copies of a network's exchanged tensors."""
+    """Copies of a network's weights."""
     return {
-        name: np.array(tensor.detach().cpu().float().numpy(), np.float32) for name, tensor in _exchanged(model).items()
+        name: np.array(tensor.detach().cpu().float().numpy(), np.float32) for name, tensor in _floating(model).items()
     }
 
 
 def put_weights(model: nn.Module, weights: Mapping[str, FloatArray]) -> None:
-    """Overwrite a network's exchanged tensors.
+    """Overwrite a network's weights.
 
     Raises:
         ModelError: names or shapes differ from the network's.
     """
-    tensors = _exchanged(model)
+    tensors = _floating(model)
     if tensors.keys() != weights.keys():
         raise ModelError(f"the weights are of another network: {sorted(tensors.keys() ^ weights.keys())[:4]} differ")
     with torch.no_grad():
@@ -41,8 +51,31 @@ def put_weights(model: nn.Module, weights: Mapping[str, FloatArray]) -> None:
 
 
 def buffer_names(model: nn.Module) -> frozenset[str]:
-    """Names of exchanged tensors that are no parameters."""
-    return frozenset(_exchanged(model)) - {name for name, _ in model.named_parameters()}
+    """Names of weights that are no parameters."""
+    return frozenset(_floating(model)) - {name for name, _ in model.named_parameters()}
+
+
+def private_names(model: nn.Module, exchange: Exchange, encoder: str) -> frozenset[str]:
+    """Names of the weights that stay at each site.
+
+    Args:
+        model: the network.
+        exchange: `federation.exchange`.
+        encoder: regular expression for the names of its encoder's tensors.
+    """
+    if exchange == "all":
+        return frozenset()
+    if exchange == "decoder":
+        return frozenset(name for name in _floating(model) if re.search(encoder, name))
+    norms = {
+        f"{prefix}.{name}"
+        for prefix, module in model.named_modules(
+            remove_duplicate=False
+        )  # a state dict names a shared layer twice, too
+        if isinstance(module, NORMS)
+        for name in module.state_dict()
+    }
+    return frozenset(_floating(model)) & norms
 
 
 def anchor_of(model: nn.Module) -> dict[str, Tensor]:
@@ -50,5 +83,5 @@ def anchor_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def _exchanged(model: nn.Module) -> dict[str, Tensor]:
+def _floating(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}

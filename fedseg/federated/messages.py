@@ -24,7 +24,7 @@ class RoundInstructions:
     server_round: int
     """1, 2, ...; the round that this training is part of. The weights are those of round `server_round - 1`."""
     weights: Weights
-    """Global weights, from which the site starts."""
+    """Global weights, from which the site starts; of private tensors the initial values, for a site that has none yet."""
     experiment: str
     """The experiment as JSON; validated again by the site."""
     train: bool = True
@@ -77,7 +77,7 @@ class SiteUpdate:
     server_round: int
     """The round that was asked for."""
     delta: Weights
-    """Trained minus received weights; empty when the site only scored."""
+    """Trained minus received weights, without private tensors; empty when the site only scored."""
     num_cases: int
     """Training cases that were really used: the weight in the mean."""
     sums: dict[str, float] = field(default_factory=dict)

@@ -29,10 +29,17 @@ class ServerState:
     """Global weights after that round."""
     buffers: frozenset[str] = frozenset()
     """Names of tensors that are no parameters (batch statistics): averaged, never stepped by a server optimizer."""
+    private: frozenset[str] = frozenset()
+    """Names of tensors that each site has for itself; here they keep their initial values, with which a site begins."""
     moments: Mapping[str, Weights] = field(default_factory=dict)
     """State of the server optimizer: `first` and `second` moments."""
     norms: tuple[float, ...] = ()
     """Norms of the last accepted updates, for screening."""
+
+    @property
+    def exchanged(self) -> Weights:
+        """The weights that the sites train together, and an update changes."""
+        return {name: array for name, array in self.weights.items() if name not in self.private}
 
 
 @dataclass(frozen=True)
@@ -62,9 +69,11 @@ class RoundReport:
     seconds: float
 
 
-def initial_state(experiment: Experiment, weights: Weights, buffers: Collection[str] = ()) -> ServerState:
+def initial_state(
+    experiment: Experiment, weights: Weights, buffers: Collection[str] = (), private: Collection[str] = ()
+) -> ServerState:
     """The state before round 1."""
-    return ServerState(experiment.digest(), 0, weights, frozenset(buffers))
+    return ServerState(experiment.digest(), 0, weights, frozenset(buffers), frozenset(private))
 
 
 def instructions_for(state: ServerState, experiment: Experiment, document: str) -> RoundInstructions:
@@ -115,12 +124,12 @@ def apply_round(state: ServerState, joined: Weights, norms: Sequence[float], con
 
     Args:
         state: before the round.
-        joined: the joint update of the accepted sites.
+        joined: the joint update of the accepted sites, of all exchanged tensors.
         norms: their norms, in the order of the sites' names.
         config: decides the server optimizer.
     """
     steps, moments = _server_step(state, joined, config)
-    weights = {name: state.weights[name] + steps[name] for name in state.weights}
+    weights = {name: array if name in state.private else array + steps[name] for name, array in state.weights.items()}
     kept = (*state.norms, *norms)[-NORMS_KEPT:]
     return replace(state, server_round=state.server_round + 1, weights=weights, moments=moments, norms=kept)
 
@@ -134,7 +143,7 @@ def _server_step(
     correction, as there. Buffers always take the plain mean: a momentum on running variances can turn them negative.
     """
     names = [name for name in joined if name not in state.buffers]
-    steps = {name: joined[name] for name in state.buffers}
+    steps = {name: joined[name] for name in state.buffers - state.private}
     beta, rate = np.float32(config.server_momentum), np.float32(config.server_learning_rate)
     if config.server_optimizer == "average":
         return steps | {name: rate * joined[name] for name in names}, {}

@@ -17,12 +17,12 @@ MAX_CASES = 1_000_000
 def screen(
     update: SiteUpdate, server_round: int, weights: Weights, norms: Sequence[float], config: ScreeningConfig
 ) -> float:
-    """Check one update against the global weights that it started from.
+    """Check one update against the exchanged weights that it started from.
 
     Args:
         update: what the site sent.
         server_round: the round that is being run.
-        weights: the global weights; names, shapes and dtypes of the delta must be theirs.
+        weights: the exchanged global weights; names, shapes and dtypes of the delta must be theirs.
         norms: L2 norms of recently accepted updates, of earlier rounds only, so that the order of answers does not matter.
         config: the limits.
 

@@ -1,8 +1,9 @@
 """A site: instructions in, update out. The same object trains in a simulation, behind Flower, and at a hospital."""
 
 import logging
+import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain
@@ -17,14 +18,16 @@ from fedseg.data.cohort import Cohort, read_cohort, split_by_person
 from fedseg.data.patches import Batch, PatchSampler
 from fedseg.data.preprocess import PreparedCase, PreparedCohort, prepare_cohort, require_enough
 from fedseg.device import pick_device, seed_everything
-from fedseg.errors import SiteAbstained
+from fedseg.errors import ConfigError, SiteAbstained, TrainingDiverged
 from fedseg.evaluation import evaluate
-from fedseg.federated.exchange import anchor_of, buffer_names, put_weights, take_weights
+from fedseg.federated.exchange import anchor_of, buffer_names, private_names, put_weights, take_weights
 from fedseg.federated.messages import Answer, RoundInstructions, SiteFailure, SiteUpdate
+from fedseg.federated.private import PrivateTensors
 from fedseg.federated.rounds import ServerState, derive_seed, initial_state
-from fedseg.federated.weights import subtract
+from fedseg.federated.weights import Weights, norm, subtract
 from fedseg.models import build_model
 from fedseg.models.pretrained import WarmStart, load_pretrained
+from fedseg.models.registry import ARCHITECTURES
 from fedseg.site.config import SiteConfig
 from fedseg.training import train_locally
 
@@ -60,17 +63,22 @@ class Site:
     def __call__(self, instructions: RoundInstructions) -> SiteUpdate:
         """Score the received weights, train on them, and return what changed.
 
+        Private tensors take the place of the received ones, and are kept for the next round.
+
         Raises:
             SiteAbstained: too few of the site's cases are usable.
             ConfigError: the experiment does not validate here.
             TrainingDiverged: the loss became non-finite.
+            StoreError: the site's private tensors are damaged.
         """
         experiment = _parsed(instructions.experiment)
         torch.set_num_threads(self.config.threads)
         data = self.prepare(experiment)
         device = pick_device(self.config.device)
         model = warm_model(instructions.experiment, device)
-        put_weights(model, instructions.weights)
+        private = private_in(model, experiment)
+        kept = PrivateTensors(self.config.state_folder, instructions.experiment, self.config.name, private)
+        put_weights(model, instructions.weights | self._own(kept, instructions, private))
         sums: dict[str, float] = {}
         if instructions.evaluate and data.validation.cases:
             sums = self._score(model, data, experiment, instructions.surface, device)
@@ -81,8 +89,15 @@ class Site:
         if not instructions.train:
             return update
         require_enough(data.training, data.num_listed, experiment.data)
-        training = self._train(model, data.training.cases, experiment, instructions.server_round, device)
-        delta = subtract(take_weights(model), instructions.weights)
+        if private:
+            kept.begin(instructions.server_round, instructions.weights)
+        training = self._train(model, data.training.cases, experiment, instructions.server_round, device, private)
+        trained = take_weights(model)
+        if private:
+            kept.save(
+                instructions.server_round, instructions.weights, _finite({name: trained[name] for name in private})
+            )
+        delta = subtract(trained, {name: array for name, array in instructions.weights.items() if name not in private})
         return SiteUpdate(update.site, update.server_round, delta, update.num_cases, sums, training, update.quarantined)
 
     def prepare(self, experiment: Experiment, *, progress: bool = False) -> SiteData:
@@ -102,6 +117,13 @@ class Site:
         """The site's cases as they lie on disk."""
         cohort = read_cohort(Path(self.config.data), self.config.person)
         return cohort if self.config.cases is None else cohort.subset(self.config.cases)
+
+    def _own(self, kept: PrivateTensors, instructions: RoundInstructions, private: Collection[str]) -> Weights:
+        """The site's private tensors, none before it has trained."""
+        own = kept.before(instructions.server_round, instructions.weights) if private else {}
+        if own is None and instructions.server_round > 1:
+            log.warning("site %s has no private tensors before round %d", self.config.name, instructions.server_round)
+        return own or {}
 
     def _score(
         self, model: nn.Module, data: SiteData, experiment: Experiment, surface: bool, device: torch.device
@@ -125,6 +147,7 @@ class Site:
         experiment: Experiment,
         server_round: int,
         device: torch.device,
+        private: Collection[str],
     ) -> dict[str, float]:
         federation, training, name = experiment.federation, experiment.training, self.config.name
         if training.steps_per_epoch is not None:
@@ -138,6 +161,7 @@ class Site:
             training,
             anchor=anchor_of(model) if federation.proximal_mu else None,
             proximal_mu=federation.proximal_mu,
+            unanchored=private,  # there is no common value to which they could be pulled
             progress=(server_round - 1) / federation.rounds,
             device=device,
         )
@@ -225,11 +249,40 @@ def start_state(experiment: Experiment) -> ServerState:
 
     Raises:
         ModelError: the file of pretrained weights cannot be read, or nothing in it fits.
+        ConfigError: `federation.exchange` wants tensors to stay at the sites, and there are none of that kind.
     """
     seed_everything(experiment.seed)
     model = new_model(experiment)
     warm_start(model, experiment)
-    return initial_state(experiment, take_weights(model), buffer_names(model))
+    return initial_state(experiment, take_weights(model), buffer_names(model), private_in(model, experiment))
+
+
+def private_in(model: nn.Module, experiment: Experiment) -> frozenset[str]:
+    """Names of the experiment's network's weights that stay at each site.
+
+    Raises:
+        ConfigError: the experiment wants some to stay, and there are none of that kind.
+    """
+    name, exchange = experiment.model.name, experiment.federation.exchange
+    names = private_names(model, exchange, ARCHITECTURES[name].encoder)
+    if exchange != "all" and not names:
+        raise ConfigError(
+            f"federation.exchange = {exchange!r}: no tensor of {name} would stay at a site, its norm layers have none; "
+            'use another model.options.norm, such as "batch", or federation.exchange = "all"'
+        )
+    return names
+
+
+def private_of(experiment: Experiment) -> frozenset[str]:
+    """The same without a network at hand, and without memory for one.
+
+    Raises:
+        ConfigError: the experiment wants some to stay, and there are none of that kind.
+    """
+    if experiment.federation.exchange == "all":
+        return frozenset()
+    with torch.device("meta"):
+        return private_in(new_model(experiment), experiment)
 
 
 def new_model(experiment: Experiment) -> nn.Module:
@@ -264,6 +317,12 @@ def warm_model(document: str, device: torch.device) -> nn.Module:
 @lru_cache(maxsize=4)
 def _parsed(document: str) -> Experiment:
     return parse_experiment(document)
+
+
+def _finite(tensors: Weights) -> Weights:
+    if not math.isfinite(norm(tensors)):  # no server screens them, and the site would start every later round with them
+        raise TrainingDiverged("private tensors are NaN or infinite; try a lower learning rate or a smaller clip_norm")
+    return tensors
 
 
 def _epochs(sampler: PatchSampler, first: int, count: int) -> Iterator[Batch]:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float32]
 Weights = dict[str, FloatArray]
-"""All exchanged tensors of a network, parameters and floating-point buffers, by their name in its state dict."""
+"""Tensors of a network, parameters and floating-point buffers, by their name in its state dict."""
 
 CHUNK = 1 << 16
 """Elements per step of the loops over large arrays: small enough to stay in the processor's cache."""

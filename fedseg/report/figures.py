@@ -154,14 +154,14 @@ def _panels(output: Path, layout: Any, method: str, site: str, case_name: str) -
     from fedseg.federated.site import Site
     from fedseg.inference import predict_label
     from fedseg.metrics import score_case
-    from fedseg.model_file import load_model_file
+    from fedseg.model_file import load_model_file, model_path
 
     owner = layout.test or next(config for config in layout.sites if config.name == site)
     case = Site(owner).cohort().subset([case_name]).cases[0]
     panels: list[_Panel] = []
     reference, prepared, index = None, None, 0
     for title, run in ((f"{site} alone", f"local-{site}"), (method, method), ("pooled", "pooled")):
-        path = output / "models" / f"{run}.safetensors"
+        path = model_path(output, run, site)
         if not path.exists():
             continue
         experiment, model = load_model_file(path)

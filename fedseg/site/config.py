@@ -28,10 +28,18 @@ class SiteConfig(Section):
     """Use only the cases with these names; absent: all."""
     cache: str = Field(default_factory=default_cache)
     """Folder for preprocessed volumes; they are as confidential as the volumes."""
+    state: str | None = None
+    """Folder for the tensors that stay at the site (`federation.exchange`); absent: beside `cache`, with `-state` added."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`, ... or `auto`: a GPU if there is one."""
     threads: PositiveInt = 1
     """CPU threads for the network. Results are repeatable to the last bit only for the same number."""
+
+    @property
+    def state_folder(self) -> Path:
+        """Where private tensors are kept. Unlike the cache, nothing can rebuild what is in there."""
+        cache = Path(self.cache)
+        return Path(self.state) if self.state is not None else cache.with_name(f"{cache.name}-state")
 
 
 def load_site(path: Path) -> SiteConfig:
@@ -42,4 +50,5 @@ def load_site(path: Path) -> SiteConfig:
     """
     site = load_section(SiteConfig, path)
     base = path.resolve().parent
-    return site.model_copy(update={"data": str(base / site.data), "cache": str(base / site.cache)})
+    folders = {"data": site.data, "cache": site.cache, "state": site.state}
+    return site.model_copy(update={key: str(base / folder) for key, folder in folders.items() if folder is not None})

@@ -81,7 +81,7 @@ def test_fedprox_with_mu_zero_is_fedavg_bit_for_bit(hospitals):
     assert not same(zero, small)
 
 
-def train_by_hand(model, site, experiment, server_round):
+def train_by_hand(model, site, experiment, server_round, **options):
     """One round of local training without anything of the federation, in place; returns what changed."""
     name = site.config.name
     sampler = PatchSampler(
@@ -90,7 +90,7 @@ def train_by_hand(model, site, experiment, server_round):
     seed_everything(derive_seed(0, "training", server_round, name))
     before = take_weights(model)
     progress = (server_round - 1) / experiment.federation.rounds
-    train_locally(model, sampler.epoch(server_round - 1), experiment.training, progress=progress)
+    train_locally(model, sampler.epoch(server_round - 1), experiment.training, progress=progress, **options)
     return subtract(take_weights(model), before)
 
 
