@@ -11,16 +11,23 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from typer import Typer
 from typer.testing import CliRunner
 
 from fedseg.cli import app
+from fedseg.cli.personalise import personalise
 from fedseg.data.volume import read_image, read_label
-from fedseg.errors import StoreError
+from fedseg.errors import ConfigError, ModelError, StoreError
+from fedseg.federated.exchange import take_weights
+from fedseg.federated.site import private_of
 from fedseg.federated.store import RunStore
+from fedseg.model_file import load_model_file, read_model_file
+from fedseg.report.figures import draw_figures
 from fedseg.report.tables import load_result
-from fedseg.scenario import load_scenario
-from fedseg.scores import read_scores
+from fedseg.scenario import Layout, load_scenario
+from fedseg.scores import read_scores, score_model
 from fedseg.simulation import Machine, discard, simulate
+from tests.federated.toys import same
 
 SCENARIO = """
 baselines = ["pooled", "local"]
@@ -234,3 +241,149 @@ def test_a_missing_model_is_explained(tmp_path):
     (tmp_path / "wrong.safetensors").write_bytes(Path(__file__).read_bytes())
     done = fedseg("evaluate", tmp_path / "wrong.safetensors", tmp_path, expect=2)
     assert "not a fedseg model file" in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------ private tensors
+PRIVATE_SCENARIO = (
+    SCENARIO.replace("widths = [4, 8]", 'widths = [4, 8], norm = "batch"')
+    .replace("rounds = 3", "rounds = 2")
+    .replace('baselines = ["pooled", "local"]', 'baselines = ["pooled"]')
+    .replace("[methods.prox]\nproximal_mu = 0.1", '[methods.encoders]\nexchange = "decoder"')
+    .replace("[methods.federated]", '[methods.fedbn]\nexchange = "all-but-norms"\n[methods.federated]')
+)
+SITES = ("Aare", "Elbe")
+
+
+@pytest.fixture(scope="module")
+def private_scenario(tmp_path_factory):
+    path = tmp_path_factory.mktemp("scenario") / "private.toml"
+    path.write_text(PRIVATE_SCENARIO)
+    return load_scenario(path)
+
+
+@pytest.fixture(scope="module")
+def with_private(private_scenario, tmp_path_factory):
+    """The result directory of a simulation in which norms stay, encoders stay, and nothing stays."""
+    output = tmp_path_factory.mktemp("private") / "out"
+    simulate(private_scenario, output, Machine())
+    return output
+
+
+@pytest.mark.parametrize("method", ["fedbn", "encoders"])
+def test_each_site_gets_a_model_that_differs_from_the_others_in_private_tensors_only(
+    private_scenario, with_private, method
+):
+    private = private_of(private_scenario.experiment_of(method))
+    server = read_model_file(with_private / "models" / f"{method}.safetensors")
+    assert set(server.missing) == private
+    aare, elbe = (load_model_file(with_private / "models" / method / f"{site}.safetensors")[1] for site in SITES)
+    aare, elbe = take_weights(aare), take_weights(elbe)
+    assert {name for name in aare if not np.array_equal(aare[name], elbe[name])} == private
+    assert all(np.array_equal(aare[name], server.weights[name]) for name in aare.keys() - private)
+
+
+def test_a_method_that_exchanges_everything_has_one_complete_model(with_private):
+    assert not (with_private / "models" / "federated").exists()
+    assert not list((with_private / "private" / "federated").glob("*"))
+    assert read_model_file(with_private / "models" / "federated.safetensors").missing == ()
+    assert read_model_file(with_private / "models" / "pooled.safetensors").missing == ()
+
+
+def test_each_site_is_scored_with_its_own_model(private_scenario, with_private):
+    rows = read_scores(with_private / "scores.csv")
+    layout = Layout.model_validate_json((with_private / "layout.json").read_text())
+    for site in layout.sites:
+        path = with_private / "models" / "fedbn" / f"{site.name}.safetensors"
+        expected = score_model(path, "fedbn", private_scenario.experiment, [site], layout.test)
+        assert [row.dice for row in rows if (row.run, row.site) == ("fedbn", site.name)] == [
+            row.dice for row in expected
+        ]
+    result = load_result(with_private)
+    assert set(result["final"]) == {"fedbn", "federated", "encoders", "pooled"}
+    assert all(set(final["sites"]) == set(SITES) for final in result["final"].values())
+
+
+def test_the_traffic_shows_what_stayed_at_home(private_scenario, with_private):
+    traffic = {method: load_result(with_private)["traffic"][method] for method in private_scenario.methods}
+    assert {method["updates"] for method in traffic.values()} == {4}
+    weights = read_model_file(with_private / "models" / "fedbn.safetensors").weights
+    for method in traffic:
+        private = private_of(private_scenario.experiment_of(method))
+        sent = sum(array.nbytes for name, array in weights.items() if name not in private)
+        assert traffic[method]["megabytes_up"] == pytest.approx(4 * sent / 1e6)
+    assert traffic["encoders"]["megabytes_up"] < traffic["fedbn"]["megabytes_up"] < traffic["federated"]["megabytes_up"]
+
+
+def test_pictures_are_drawn_of_sites_that_have_models_of_their_own(with_private):
+    assert len(draw_figures(with_private)) == 3
+
+
+def test_workers_and_resuming_change_no_bit_where_tensors_stay_at_the_sites(private_scenario, with_private, tmp_path):
+    def stop(run, event):
+        if (run, event.kind, event.server_round) == ("fedbn", "finished-round", 1):
+            raise KeyboardInterrupt
+
+    class Stopping:
+        event = staticmethod(stop)
+        progress = staticmethod(lambda task, done, total: None)
+
+    with pytest.raises(KeyboardInterrupt):
+        simulate(private_scenario, tmp_path, Machine(workers=2), show=Stopping())
+    simulate(private_scenario, tmp_path, Machine(workers=2), resume=True)
+    for run in (*private_scenario.methods, "pooled"):
+        assert digests(tmp_path, run) == digests(with_private, run)
+    assert load_result(tmp_path)["final"] == load_result(with_private)["final"]
+    for path in sorted((with_private / "models").rglob("*.safetensors")):
+        assert same(read_model_file(path).weights, read_model_file(tmp_path / path.relative_to(with_private)).weights)
+
+
+def test_an_incomplete_model_is_refused_with_the_way_to_complete_it(with_private, tmp_path):
+    model = with_private / "models" / "fedbn.safetensors"
+    done = fedseg("evaluate", model, with_private / "data" / "Aare", expect=2)
+    assert "8 tensors stayed at the sites" in done.stderr
+    assert f"fedseg personalise {model} --site SITE.toml" in done.stderr
+    assert f"the simulated sites' own models are in {model.with_suffix('')}" in done.stderr
+    refused = fedseg("predict", model, tmp_path / "image.nii.gz", tmp_path / "label.nii.gz", expect=2)
+    assert "fedseg personalise" in refused.stderr
+    fedseg("evaluate", model.with_suffix("") / "Aare.safetensors", with_private / "data" / "Aare", "--device", "cpu")
+
+
+def personalised(model, site, output):
+    command = Typer()
+    command.command()(personalise)
+    return CliRunner().invoke(command, [str(model), "--site", str(site), "--output", str(output)])
+
+
+def test_personalise_joins_a_model_with_what_stayed_at_the_site(with_private, tmp_path):
+    model, file = with_private / "models" / "fedbn.safetensors", tmp_path / "site.toml"
+    file.write_text(f'name = "Elbe"\ndata = "."\nstate = "{with_private / "private" / "fedbn"}"\n')
+    done = personalised(model, file, tmp_path / "own.safetensors")
+    assert done.exit_code == 0, done.exception
+    assert "the network of Elbe" in done.stdout
+    experiment, network = load_model_file(tmp_path / "own.safetensors")
+    assert experiment.federation.exchange == "all-but-norms"
+    assert same(take_weights(network), read_model_file(with_private / "models" / "fedbn" / "Elbe.safetensors").weights)
+
+
+@pytest.mark.parametrize(
+    ("run", "name", "folder", "message"),
+    [
+        ("fedbn", "Oder", "fedbn", "site 'Oder' has no tensors of tiny/fedbn in .*: either it has not trained"),
+        ("fedbn", "Elbe", "encoders", "site 'Elbe' has no tensors of tiny/fedbn"),
+        ("federated", "Elbe", "fedbn", "the model is complete"),
+    ],
+)
+def test_personalise_says_why_there_is_nothing_to_join(with_private, tmp_path, run, name, folder, message):
+    file = tmp_path / "site.toml"
+    file.write_text(f'name = "{name}"\ndata = "."\nstate = "{with_private / "private" / folder}"\n')
+    done = personalised(with_private / "models" / f"{run}.safetensors", file, tmp_path / "own.safetensors")
+    with pytest.raises(ModelError, match=message):
+        raise done.exception
+    assert not (tmp_path / "own.safetensors").exists()
+
+
+def test_a_method_that_would_keep_nothing_is_refused_before_anything_runs(tmp_path):
+    (tmp_path / "scenario.toml").write_text(SCENARIO.replace("proximal_mu = 0.1", 'exchange = "all-but-norms"'))
+    with pytest.raises(ConfigError, match="no tensor of unet would stay at a site"):
+        simulate(load_scenario(tmp_path / "scenario.toml"), tmp_path / "out", Machine())
+    assert not (tmp_path / "out").exists()
