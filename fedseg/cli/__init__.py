@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from fedseg import __version__
-from fedseg.cli import data, experiment, models, predict, simulate, train, warm_start
+from fedseg.cli import data, experiment, models, personalise, predict, simulate, train, warm_start
 from fedseg.errors import FedsegError
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ for command in (
     train.train,
     predict.evaluate,
     predict.predict,
+    personalise.personalise,
     models.models,
     models.export,
     warm_start.warm_start,
