@@ -1,4 +1,4 @@
-"""Bi-WKV out of a few plain tensor operations: what an exported network consists of, and the first implementation of all.
+"""Bi-WKV out of a few plain tensor operations: what an exported network consists of.
 
 Two cumulative sums of terms scaled by `exp(+-w t)`, centred in the middle of the sequence so that no exponent exceeds half
 the decay. See `fedseg.layers.kernels` for the equation.
@@ -9,25 +9,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 LARGEST_DECAY = 60.0
-"""Beyond it, float32 sums of scaled terms lose their small ones."""
+"""Of larger ones this is taken: beyond it, scaled terms leave the range of float32."""
 
 
 def bi_wkv_plain(k_BTC: Tensor, v_BTC: Tensor, decay_C: Tensor, first_C: Tensor) -> Tensor:
     """Bi-WKV with autograd; memory linear in tokens."""
     tokens = k_BTC.shape[1]
-    working = torch.promote_types(k_BTC.dtype, torch.float32)
-    k_BTC, v = k_BTC.to(working), v_BTC.to(working)
-    decay = decay_C.to(working).clamp(-LARGEST_DECAY, LARGEST_DECAY)
-    weight = torch.exp(k_BTC - k_BTC.amax(dim=1, keepdim=True))
-    place = torch.arange(tokens, device=k_BTC.device, dtype=working)[:, None] - tokens / 2
-    rise = torch.exp(decay / tokens * place)
-    fall = torch.exp(-decay / tokens * (place - 1))
-
-    def before(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        return F.pad(torch.cumsum(x * up, dim=1)[:, :-1], (0, 0, 1, 0)) * down
-
-    def everywhere(x: Tensor) -> Tensor:
-        behind = before(x.flip(1), rise, fall).flip(1)
-        return before(x, rise, fall) + behind + torch.exp(first_C.to(working) / tokens) * x
-
-    return (everywhere(weight * v) / everywhere(weight)).to(v_BTC.dtype)
+    dtype = torch.float64 if k_BTC.dtype == torch.float64 else torch.float32
+    k_BTC, v = k_BTC.to(dtype), v_BTC.to(dtype)
+    decay = decay_C.to(dtype).clamp(-LARGEST_DECAY, LARGEST_DECAY)
+    lift = F.relu(decay) / 2  # falling weights only make sums smaller, so these may start higher
+    weight = torch.exp(k_BTC - k_BTC.amax(dim=1, keepdim=True) + lift)
+    x = torch.stack([weight * v, weight])
+    w, place = decay / tokens, torch.arange(tokens, device=k_BTC.device, dtype=dtype)[:, None] - tokens / 2
+    sums = torch.cumsum(torch.stack([x, x.flip(2)]) * torch.exp(w * place), dim=3)
+    before, behind = F.pad(sums[..., :-1, :], (0, 0, 1, 0)) * torch.exp(w * (1 - place))
+    num, den = before + behind.flip(2) + torch.exp(first_C.to(dtype) / tokens) * x
+    return (num / den).to(v_BTC.dtype)
