@@ -190,7 +190,7 @@ class _Run:
         server_round, federation = state.server_round + 1, self.experiment.federation
         try:
             _check_asked(answer, attempt.asked, attempt.accepted)
-            size = screen(answer, server_round, state.exchanged, state.norms, federation.screening)
+            size = screen(answer, server_round, state.exchanged, state.norms, federation.screening, state.buffers)
             attempt.aggregator.fold(answer.site, answer.delta, site_weight(answer.num_cases, federation))
         except UpdateRefused as refusal:
             return SiteFailure(answer.site, server_round, "refused", refusal.reason)

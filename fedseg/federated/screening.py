@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -15,7 +15,12 @@ MAX_CASES = 1_000_000
 
 
 def screen(
-    update: SiteUpdate, server_round: int, weights: Weights, norms: Sequence[float], config: ScreeningConfig
+    update: SiteUpdate,
+    server_round: int,
+    weights: Weights,
+    norms: Sequence[float],
+    config: ScreeningConfig,
+    buffers: Collection[str] = (),
 ) -> float:
     """Check one update against the exchanged weights that it started from.
 
@@ -25,9 +30,11 @@ def screen(
         weights: the exchanged global weights; names, shapes and dtypes of the delta must be theirs.
         norms: L2 norms of recently accepted updates, of earlier rounds only, so that the order of answers does not matter.
         config: the limits.
+        buffers: names of tensors that are no parameters. They must be finite, but do not count in the norm: running variances
+            move by thousands in ordinary training, and would hide what the parameters do.
 
     Returns:
-        The L2 norm of the update.
+        The L2 norm of the update's parameters.
 
     Raises:
         UpdateRefused: with reason `stale`, `no-cases`, `wrong-names`, `wrong-dtype`, `wrong-shape`, `non-finite`,
@@ -45,9 +52,9 @@ def screen(
             raise _refusal(update, "wrong-dtype", f"{name} must be float32, got {delta.dtype}")
         if delta.shape != array.shape:
             raise _refusal(update, "wrong-shape", f"{name} must have shape {array.shape}, got {delta.shape}")
-    size = norm(update.delta)
-    if not math.isfinite(size):
+    if not math.isfinite(norm(update.delta)):
         raise _refusal(update, "non-finite", "it holds NaN or infinite values")
+    size = norm({name: array for name, array in update.delta.items() if name not in buffers})
     limit = config.max_norm if config.max_norm is not None else math.inf
     usual = statistics.median(norms) if norms else 0.0
     if usual > 0:  # sites that all stood still say nothing about what is absurd

@@ -20,6 +20,7 @@ What was wrong with the released code, and what is done here:
 | batch norm only | `norm="instance"` or `"group"` |
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -90,13 +91,14 @@ class RWKVUNet(nn.Module):
         self.stem = Stem(3 if self.repeat_channel else in_channels, stem_width, kernel, layers)
         self.stages = nn.ModuleList()
         rates = iter(torch.linspace(0, drop_path, sum(depths), device="cpu").tolist())
-        before, orders = stem_width, raster_orders(self.dims)
+        before = stem_width
+        orders = itertools.cycle(raster_orders(3) if self.dims == 3 else [(0, 1)])
         for stage, (depth, width, expansion) in enumerate(zip(depths, widths, expansions, strict=True)):
             attends = stage >= len(depths) - 2
             blocks: list[nn.Module] = [DownBlock(before, width, int(before * 2 * expansion), kernel, layers, attends)]
             next(rates)
-            for index in range(1, depth):
-                mix = SpatialMix(int(width * expansion), _order(stage + index, orders)) if attends else None
+            for _ in range(1, depth):
+                mix = SpatialMix(int(width * expansion), next(orders)) if attends else None
                 blocks.append(Block(width, int(width * expansion), kernel, layers, mix, next(rates)))
             self.stages.append(nn.Sequential(*blocks))
             before = width
@@ -318,11 +320,6 @@ class UpBlock(nn.Module):
         y = F.silu(self.local_norm(self.local(y)))
         y = F.relu(self.project_norm(self.project(y)))
         return self._layers.resize(y, [2 * length for length in y.shape[2:]])
-
-
-def _order(number: int, orders: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """Images keep to the raster order of the paper; volumes take turns."""
-    return orders[0] if len(orders) == 2 else orders[number % len(orders)]
 
 
 def _size(x_BCDHW: Tensor) -> Size:

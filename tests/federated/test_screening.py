@@ -73,6 +73,16 @@ def test_a_norm_far_above_the_usual_one_is_refused():
     assert refusal(GOOD, [usual / 21] * 3, max_norm_ratio=20.0) == "absurd-norm"
 
 
+def test_running_statistics_do_not_count_in_the_norm_but_must_be_finite():
+    moved = spoiled(1e6)
+    assert refusal(moved, norms=(1.0,)) == "absurd-norm"
+    parameters = {key: value for key, value in GOOD.delta.items() if key != "bias"}
+    assert screen(moved, 2, WEIGHTS, (1.0,), ScreeningConfig(), {"bias"}) == norm(parameters)
+    with pytest.raises(UpdateRefused) as caught:
+        screen(spoiled(np.inf), 2, WEIGHTS, (1.0,), ScreeningConfig(), {"bias"})
+    assert caught.value.reason == "non-finite"
+
+
 def test_a_fixed_limit_counts_from_the_first_round():
     assert refusal(GOOD, max_norm=norm(GOOD.delta) / 2) == "absurd-norm"
 

@@ -398,14 +398,7 @@ def test_blocks_of_volumes_walk_along_every_axis_and_those_of_images_along_rows(
     assert set(orders(on_meta(size))) == {(0, 1)}
 
 
-same_axis_twice = pytest.mark.xfail(
-    strict=True, reason="the last block of stage 3 and the first mixing block of stage 4 walk along the same axis"
-)
-
-
-@pytest.mark.parametrize(
-    "size", ["t", pytest.param("s", marks=same_axis_twice), pytest.param("b", marks=same_axis_twice)]
-)
+@pytest.mark.parametrize("size", ["t", "s", "b"])
 def test_no_block_of_a_volume_walks_along_the_axis_of_the_block_before(size):
     assert all(one[-1] != two[-1] for one, two in itertools.pairwise(orders(on_meta(size, "rwkv-unet-3d"))))
 
