@@ -58,6 +58,8 @@ def main(grid: Grid, context: Context) -> None:
     path = directory / "models" / f"{RUN}.safetensors"
     save_model_file(path, experiment, state.weights, f"{experiment.name}/{RUN}")
     log.info("done; the model is %s", path)
+    if state.private:
+        log.info("%d tensors stayed at the sites; each completes the model with `fedseg personalise`", len(state.private))
 
 
 def _tell(event: Event) -> None:
