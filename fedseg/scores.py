@@ -20,6 +20,7 @@ from fedseg.federated.site import Site
 from fedseg.federated.store import RunStore
 from fedseg.metrics import bootstrap_ci
 from fedseg.model_file import load_model_file
+from fedseg.models.registry import ARCHITECTURES
 from fedseg.scenario import Layout, Scenario
 from fedseg.site.config import SiteConfig
 
@@ -103,7 +104,10 @@ def summarise(scenario: Scenario, layout: Layout, rows: Sequence[CaseRow], outpu
         "seed": experiment.seed,
         "experiment_digest": experiment.digest(),
         "rounds": experiment.federation.rounds,
-        "model": {"name": experiment.model.name, "preset": experiment.model.preset},
+        "model": {
+            "name": experiment.model.name,
+            "preset": experiment.model.preset or ARCHITECTURES[experiment.model.name].default_preset,
+        },
         "test": "shared persons that no site has" if layout.test else "each site's validation cases",
         "sites": {site.name: _site_counts(site, experiment) for site in layout.sites},
         "final": final,
