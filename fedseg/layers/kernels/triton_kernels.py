@@ -405,23 +405,25 @@ def _outputs(
 ):
     """Outputs and denominators per token, the latter over exp(shift), and the shift. Exponents count from `origin`."""
     left, left_a, left_b, right, right_a, right_b = _carried(carries, batch, chunk, channel, channels, chunks)
-    shift = tl.maximum(_largest(k, ROWS) - origin, NOTHING)
-    shift = tl.maximum(tl.maximum(left, right), tl.maximum(shift, shift + u))
-    xa, xb = _weighted(k, v, shift + origin, ROWS)
+    largest = _largest(k, ROWS)
+    xa, xb = _weighted(k, v, largest, ROWS)
+    largest = tl.maximum(largest - origin, NOTHING)
+    shift = tl.maximum(tl.maximum(left, right), tl.maximum(largest, largest + u))
+    scale = tl.exp(largest - shift)[None, :]
+    own = tl.exp(largest + u - shift)[None, :]
     pa, pb, sa, sb = _entering(xa, xb, w, ROWS, GROUPS)
     from_left, from_right = _fading(w, ROWS, GROUPS)
     from_left *= tl.exp(left - shift)[None, :]
     from_right *= tl.exp(right - shift)[None, :]
-    pa, pb = pa + left_a[None, :] * from_left, pb + left_b[None, :] * from_left
-    sa, sb = sa + right_a[None, :] * from_right, sb + right_b[None, :] * from_right
+    pa, pb = pa * scale + left_a[None, :] * from_left, pb * scale + left_b[None, :] * from_left
+    sa, sb = sa * scale + right_a[None, :] * from_right, sb * scale + right_b[None, :] * from_right
     fade = tl.exp(-w)[None, :]
-    behind_a, behind_b = _behind(xa, xb, sa, sb, fade, 1.0, ROWS)
-    own = tl.exp(u)[None, :]
+    behind_a, behind_b = _behind(xa, xb, sa, sb, fade, scale, ROWS)
     y = ()
     denominators = ()
     for r in tl.static_range(ROWS):
         denominator = pb + behind_b[r] + xb[r] * own
         y = y + ((pa + behind_a[r] + xa[r] * own) / denominator,)
         denominators = denominators + (denominator,)
-        pa, pb = pa * fade + xa[r], pb * fade + xb[r]
+        pa, pb = pa * fade + xa[r] * scale, pb * fade + xb[r] * scale
     return y, denominators, shift
