@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from fedseg import __version__
-from fedseg.cli import data, experiment, models, personalise, predict, simulate, train, warm_start
+from fedseg.cli import data, experiment, kernels, models, personalise, predict, simulate, train, warm_start
 from fedseg.errors import FedsegError
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ for command in (
     personalise.personalise,
     models.models,
     models.export,
+    kernels.kernels,
     warm_start.warm_start,
 ):
     app.command()(command)

@@ -14,6 +14,7 @@ Time and memory are linear in tokens. One shift per batch and channel, by the la
 sum runs over all tokens, and the decay over the whole sequence is only `decay`.
 """
 
+from fedseg.layers.kernels.choice import IMPLEMENTATIONS, chosen, use_implementation
 from fedseg.layers.kernels.operator import bi_wkv
 
-__all__ = ["bi_wkv"]
+__all__ = ["IMPLEMENTATIONS", "bi_wkv", "chosen", "use_implementation"]

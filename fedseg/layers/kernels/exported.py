@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-LARGEST_DECAY = 60.0
-"""Of larger ones this is taken: beyond it, scaled terms leave the range of float32."""
+LARGEST_DECAY, LARGEST_BONUS = 60.0, 40.0
+"""Of larger ones these are taken: beyond them, scaled terms leave the range of float32."""
 
 
 def bi_wkv_plain(k_BTC: Tensor, v_BTC: Tensor, decay_C: Tensor, first_C: Tensor) -> Tensor:
@@ -18,11 +18,13 @@ def bi_wkv_plain(k_BTC: Tensor, v_BTC: Tensor, decay_C: Tensor, first_C: Tensor)
     dtype = torch.float64 if k_BTC.dtype == torch.float64 else torch.float32
     k_BTC, v = k_BTC.to(dtype), v_BTC.to(dtype)
     decay = decay_C.to(dtype).clamp(-LARGEST_DECAY, LARGEST_DECAY)
+    bonus = (first_C.to(dtype) / tokens).clamp(-LARGEST_BONUS, LARGEST_BONUS)
     lift = F.relu(decay) / 2  # falling weights only make sums smaller, so these may start higher
     weight = torch.exp(k_BTC - k_BTC.amax(dim=1, keepdim=True) + lift)
     x = torch.stack([weight * v, weight])
     w, place = decay / tokens, torch.arange(tokens, device=k_BTC.device, dtype=dtype)[:, None] - tokens / 2
     sums = torch.cumsum(torch.stack([x, x.flip(2)]) * torch.exp(w * place), dim=3)
     before, behind = F.pad(sums[..., :-1, :], (0, 0, 1, 0)) * torch.exp(w * (1 - place))
-    num, den = before + behind.flip(2) + torch.exp(first_C.to(dtype) / tokens) * x
-    return (num / den).to(v_BTC.dtype)
+    num, den = before + behind.flip(2) + torch.exp(bonus) * x
+    y_BTC: Tensor = (num / den).to(v_BTC.dtype)
+    return y_BTC

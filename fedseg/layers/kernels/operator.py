@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fedseg.errors import ModelError
-from fedseg.layers.kernels.blocked import bi_wkv_torch
+from fedseg.layers.kernels.choice import IMPLEMENTATIONS, chosen
 from fedseg.layers.kernels.exported import bi_wkv_plain
 
 _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # torch 2.5 and 2.6 have only this
@@ -28,12 +28,16 @@ def bi_wkv(k_BTC: Tensor, v_BTC: Tensor, decay_C: Tensor, first_C: Tensor) -> Te
         `(B, T, C)` in the type of `v_BTC`.
 
     Raises:
-        ModelError: the shapes do not fit together, or the numbers are not floating point.
+        ModelError: the shapes do not fit together, the numbers are not floating point, or the implementation that was asked
+            for (`FEDSEG_BI_WKV`, `use_implementation`) does not exist or cannot run here.
     """
     _check(k_BTC, v_BTC, decay_C, first_C)
     if _is_exporting():
         return bi_wkv_plain(k_BTC, v_BTC, decay_C, first_C)
-    return bi_wkv_torch(k_BTC, v_BTC, decay_C, first_C)
+    name = chosen(k_BTC.device.type)
+    if name == "triton" and torch.float64 in (k_BTC.dtype, v_BTC.dtype):
+        name = "torch"  # Triton's is for training, in at most float32
+    return IMPLEMENTATIONS[name].call(k_BTC, v_BTC, decay_C, first_C)
 
 
 def _check(k_BTC: Tensor, v_BTC: Tensor, decay_C: Tensor, first_C: Tensor) -> None:
