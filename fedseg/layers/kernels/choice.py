@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
-
 from fedseg.errors import ModelError
 from fedseg.layers.kernels import native, triton_scan
 from fedseg.layers.kernels.blocked import bi_wkv_torch
@@ -68,7 +66,6 @@ def use_implementation(name: str) -> Iterator[None]:
         _chosen.remove(name)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
 def chosen(device: str) -> str:
     """Name of the implementation that computes on a type of device.
 
@@ -81,6 +78,10 @@ def chosen(device: str) -> str:
     if not _chosen:
         _require(name, VARIABLE)
     return name
+
+
+chosen._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# `torch.compiler.assume_constant_result` does the same, but imports the compiler, which takes a second
 
 
 def _fastest(device: str) -> str:

@@ -24,7 +24,7 @@ def bi_wkv_plain(k_BTC: Tensor, v_BTC: Tensor, decay_C: Tensor, first_C: Tensor)
     x = torch.stack([weight * v, weight])
     w, place = decay / tokens, torch.arange(tokens, device=k_BTC.device, dtype=dtype)[:, None] - tokens / 2
     sums = torch.cumsum(torch.stack([x, x.flip(2)]) * torch.exp(w * place), dim=3)
-    before, behind = F.pad(sums[..., :-1, :], (0, 0, 1, 0)) * torch.exp(w * (1 - place))
+    before, behind = F.pad(sums[..., :-1, :] * torch.exp(w * (1 - place[1:])), (0, 0, 1, 0))
     num, den = before + behind.flip(2) + torch.exp(bonus) * x
     y_BTC: Tensor = (num / den).to(v_BTC.dtype)
     return y_BTC
