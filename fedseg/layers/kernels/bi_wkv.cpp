@@ -135,31 +135,38 @@ INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return _mm
 
 // e^x for x <= 0, one for one lane: 2^n e^r with |r| <= log(2) / 2. Relative error 1e-7, of doubles 1e-15. NaN stays NaN.
 INLINE Vec<float> exponential(Vec<float> x) {
-    const auto all = [](float value) { return Vec<float>{} + value; };
-    const Vec<float> shift = all(12582912.0f);  // 1.5 2^23: a sum with it has n in its lowest bits
-    const Vec<float> shifted = fma(x, all(1.44269504f), shift);
-    const Vec<float> r = fma(shift - shifted, all(0.693147181f), x);
-    Vec<float> p = all(0.00138367422f);
-    for (const float coefficient : {0.00837489836f, 0.0416682318f, 0.166664192f, 0.49999992f, 1.00000004f, 1.0f}) {
-        p = fma(p, r, all(coefficient));
-    }
+    const auto all = fill<float>;
+    const Vec<float> shift = all(12582912.0);  // 1.5 2^23: a sum with it has n in its lowest bits
+    const Vec<float> shifted = fma(x, all(1.44269504), shift);
+    const Vec<float> r = fma(shift - shifted, all(0.693147181), x);
+    Vec<float> p = fma(all(0.00138367422), r, all(0.00837489836));
+    p = fma(p, r, all(0.0416682318));
+    p = fma(p, r, all(0.166664192));
+    p = fma(p, r, all(0.49999992));
+    p = fma(p, r, all(1.00000004));
+    p = fma(p, r, all(1.0));
     using I = VecOf<std::int32_t, lanes<float>>;
     const I scaled = bits_of<I>(p) + (bits_of<I>(shifted) << 23);
     return bits_of<Vec<float>>(scaled & ~(I)(x < -87.0f));
 }
 INLINE Vec<double> exponential(Vec<double> x) {
-    const auto all = [](double value) { return Vec<double>{} + value; };
+    const auto all = fill<double>;
     const Vec<double> shift = all(6755399441055744.0);  // 1.5 2^52
     const Vec<double> shifted = fma(x, all(1.4426950408889634), shift);
     const Vec<double> n = shift - shifted;
-    const Vec<double> r = fma(n, all(1.90821492927058770002e-10), fma(n, all(0.693147180369123816490), x));
-    Vec<double> p = all(2.0831937028330770e-9);
-    for (const double coefficient :
-         {2.5114726046007716e-8, 2.7557575103968663e-7, 2.7557225470739187e-6, 2.4801586913291740e-5,
-          1.9841269908555709e-4, 1.3888888889143864e-3, 8.3333333333098987e-3, 4.1666666666665927e-2,
-          1.6666666666666702e-1, 5.0000000000000001e-1, 1.0, 1.0}) {
-        p = fma(p, r, all(coefficient));
-    }
+    const Vec<double> r = fma(n, all(1.90821492927058770e-10), fma(n, all(0.693147180369123816), x));
+    Vec<double> p = fma(all(2.0831937028330770e-9), r, all(2.5114726046007716e-8));
+    p = fma(p, r, all(2.7557575103968663e-7));
+    p = fma(p, r, all(2.7557225470739187e-6));
+    p = fma(p, r, all(2.4801586913291740e-5));
+    p = fma(p, r, all(1.9841269908555709e-4));
+    p = fma(p, r, all(1.3888888889143864e-3));
+    p = fma(p, r, all(8.3333333333098987e-3));
+    p = fma(p, r, all(4.1666666666665927e-2));
+    p = fma(p, r, all(1.6666666666666702e-1));
+    p = fma(p, r, all(5.0000000000000001e-1));
+    p = fma(p, r, all(1.0));
+    p = fma(p, r, all(1.0));
     using I = VecOf<std::int64_t, lanes<double>>;
     const I scaled = bits_of<I>(p) + (bits_of<I>(shifted) << 52);
     return bits_of<Vec<double>>(scaled & ~(I)(x < -708.0));
@@ -291,14 +298,15 @@ public:
         const int64_t start = chunk * CHUNK;
         const int length = length_of(chunk);
         const Memory at = memory;
-        FOR_EACH(i, N) {
-            V most = largest[i];
-            for (int p = 0; p < length; ++p) {
+        V most[N];
+        std::copy(largest, largest + N, most);
+        for (int p = 0; p < length; ++p) {
+            FOR_EACH(i, N) {
                 const V key = load<A>(at.k.at(start + p, i * lanes<A>));
-                most = key > most ? key : most;
-            }
-            largest[i] = most;
-        });
+                most[i] = key > most[i] ? key : most[i];
+            });
+        }
+        std::copy(most, most + N, largest);
     }
 
     // Second walk: weights and their sums within the chunk.
@@ -313,27 +321,27 @@ public:
                 at.weight[t * N + i] = exponential(load<A>(at.k.at(t, i * lanes<A>)) - largest[i]);
             });
         }
-        FOR_EACH(part, N / SOME) {
+        for (int first = 0; first < N; first += SOME) {
             Pair<A, SOME> forth{}, back{};
             for (int p = 0; p < length; ++p) {
-                FOR_EACH(j, SOME) {
-                    constexpr int i = part * SOME + j;
+                for (int j = 0; j < SOME; ++j) {
+                    const int i = first + j;
                     V num, den;
                     term(at, start + p, i, num, den);
                     forth.num[j] = fma(forth.num[j], lam[i], num);
                     forth.den[j] = fma(forth.den[j], lam[i], den);
                     back.num[j] = fma(fade[p][i], num, back.num[j]);
                     back.den[j] = fma(fade[p][i], den, back.den[j]);
-                });
+                }
             }
-            FOR_EACH(j, SOME) {
-                constexpr int i = part * SOME + j;
+            for (int j = 0; j < SOME; ++j) {
+                const int i = first + j;
                 x_before[chunk].num[i] = forth.num[j];
                 x_before[chunk].den[i] = forth.den[j];
                 x_behind[chunk].num[i] = back.num[j];
                 x_behind[chunk].den[i] = back.den[j];
-            });
-        });
+            }
+        }
     }
 
     // After it: what enters each chunk.
@@ -425,25 +433,24 @@ public:
         const int64_t start = chunk * CHUNK;
         const int length = length_of(chunk);
         const Memory at = memory;
-        FOR_EACH(part, N / SOME) {
-            constexpr int first = part * SOME;
+        for (int first = 0; first < N; first += SOME) {
             struct {
                 V x_num, x_den, q_num, q_den;
             } kept[CHUNK][SOME];
             Pair<A, SOME> x_near, g_near, g_far;
-            FOR_EACH(j, SOME) {
-                constexpr int i = first + j;
+            for (int j = 0; j < SOME; ++j) {
+                const int i = first + j;
                 x_near.num[j] = x_before[chunk].num[i];
                 x_near.den[j] = x_before[chunk].den[i];
                 g_near.num[j] = g_before[chunk].num[i];
                 g_near.den[j] = g_before[chunk].den[i];
                 g_far.num[j] = g_behind[chunk].num[i];
                 g_far.den[j] = g_behind[chunk].den[i];
-            });
+            }
             for (int p = 0; p < length; ++p) {
                 const int64_t t = start + p;
-                FOR_EACH(j, SOME) {
-                    constexpr int i = first + j;
+                for (int j = 0; j < SOME; ++j) {
+                    const int i = first + j;
                     V x_num, x_den;
                     term(at, t, i, x_num, x_den);
                     const V g_num = at.g[t].num[i], g_den = at.g[t].den[i];
@@ -455,13 +462,13 @@ public:
                     x_near.den[j] = fma(x_near.den[j], lam[i], x_den);
                     g_near.num[j] = fma(g_near.num[j], lam[i], g_num);
                     g_near.den[j] = fma(g_near.den[j], lam[i], g_den);
-                });
+                }
             }
             V gw_part[SOME] = {};
             for (int p = length - 1; p >= 0; --p) {
                 const int64_t t = start + p;
-                FOR_EACH(j, SOME) {
-                    constexpr int i = first + j;
+                for (int j = 0; j < SOME; ++j) {
+                    const int i = first + j;
                     const V q_num = kept[p][j].q_num + g_far.num[j];
                     const V q_den = kept[p][j].q_den + g_far.den[j];
                     gw_part[j] += g_far.num[j] * kept[p][j].x_num - g_far.den[j] * kept[p][j].x_den;
@@ -471,10 +478,10 @@ public:
                     const V v = load<A>(at.v.at(t, i * lanes<A>));
                     store<A>(at.gv.at(t, i * lanes<A>), den * q_num);
                     store<A>(at.gk.at(t, i * lanes<A>), den * (v * q_num - q_den));
-                });
+                }
             }
-            FOR_EACH(j, SOME) { add(gw, first + j, gw_part[j]); });
-        });
+            for (int j = 0; j < SOME; ++j) { add(gw, first + j, gw_part[j]); }
+        }
     }
 
     // What belongs to -gw / lam and to gu / e^u.
