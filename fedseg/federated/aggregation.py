@@ -16,8 +16,10 @@ from fedseg.federated.weights import CHUNK, FloatArray, Weights
 
 FRACTION_BITS = 36
 LOW_BITS = 32
-LARGEST = 2.0 ** (62 - FRACTION_BITS)
-"""Largest sum of `weight * |delta|` that 64-bit integers hold with one bit to spare."""
+NARROW = 2.0 ** (62 - FRACTION_BITS)
+"""Largest sum of `weight * |delta|` that one 64-bit integer holds with one bit to spare; larger terms need a second."""
+LARGEST = 2.0**46
+"""Largest `weight * |delta|` at all: thousands of them fit into two integers. Running variances may well reach 10^6."""
 
 
 class Aggregator(Protocol):
@@ -48,7 +50,8 @@ class StreamingMean:
         Raises:
             UpdateRefused: a value is too large to be added exactly; the sum is as before.
         """
-        largest = weight * max((float(np.max(np.abs(array), initial=0.0)) for array in delta.values()), default=0.0)
+        peaks = _peaks(delta, weight)
+        largest = float(np.max([0.0, *peaks.values()]))
         if not largest < LARGEST:
             raise UpdateRefused(
                 "too-large", f"update of {site}: values up to {largest / weight:g} cannot be added exactly"
@@ -56,19 +59,13 @@ class StreamingMean:
         self._total += weight
         if self._total == weight:
             self._only = delta, weight
-            self._bound = largest
             return
         if self._only is not None:
             first, first_weight = self._only
             self._only = None
             self._sums = {name: _ExactSum(array.shape) for name, array in first.items()}
-            self._add(first, first_weight)
-        if self._bound + largest >= LARGEST:
-            for total in self._sums.values():
-                total.carry()
-            self._bound = 2.0 ** (LOW_BITS - FRACTION_BITS)
-        self._bound += largest
-        self._add(delta, weight)
+            self._add(first, first_weight, _peaks(first, first_weight))
+        self._add(delta, weight, peaks)
 
     def result(self) -> Weights:
         """The weighted mean of everything that was folded in."""
@@ -76,9 +73,21 @@ class StreamingMean:
             return dict(self._only[0])
         return {name: total.scaled(1.0 / self._total) for name, total in self._sums.items()}
 
-    def _add(self, delta: Weights, weight: int) -> None:
+    def _add(self, delta: Weights, weight: int, peaks: dict[str, float]) -> None:
+        least = 2.0 ** (LOW_BITS - FRACTION_BITS)  # what the first integer of a large term may be
+        step = max(least, max((peak for peak in peaks.values() if peak < NARROW), default=0.0))
+        if self._bound + step >= NARROW:
+            for total in self._sums.values():
+                total.carry()
+            self._bound = least
+        self._bound += step
         for name, array in delta.items():
-            self._sums[name].add(array, weight)
+            self._sums[name].add(array, weight, wide=peaks[name] >= NARROW)
+
+
+def _peaks(delta: Weights, weight: int) -> dict[str, float]:
+    """Largest `weight * |value|` of each tensor."""
+    return {name: weight * float(np.max(np.abs(array), initial=0.0)) for name, array in delta.items()}
 
 
 class _ExactSum:
@@ -89,8 +98,8 @@ class _ExactSum:
         self._low = np.zeros(math.prod(shape), np.int64)
         self._high: NDArray[np.int64] | None = None
 
-    def add(self, array: FloatArray, weight: int) -> None:
-        """Add `weight * array`, rounded to a unit; exact otherwise."""
+    def add(self, array: FloatArray, weight: int, *, wide: bool = False) -> None:
+        """Add `weight * array`, rounded to a unit; exact otherwise. `wide` takes terms that one integer cannot hold."""
         flat, unit = array.reshape(-1), math.ldexp(weight, FRACTION_BITS)
         scratch = np.empty(min(CHUNK, flat.size), np.float64)
         for start in range(0, flat.size, CHUNK):
@@ -98,14 +107,23 @@ class _ExactSum:
             product, low = scratch[: part.size], self._low[start : start + CHUNK]
             np.multiply(part, unit, out=product, dtype=np.float64)
             np.rint(product, out=product)
+            if wide:
+                carried = np.floor(product * 2.0**-LOW_BITS)
+                product -= carried * 2.0**LOW_BITS
+                high = self._second()[start : start + CHUNK]
+                np.add(high, carried, out=high, casting="unsafe", dtype=np.int64)
             np.add(low, product, out=low, casting="unsafe", dtype=np.int64)
 
     def carry(self) -> None:
         """Make room: afterwards 0 <= low < 2^32."""
+        self._second()[...] += self._low >> LOW_BITS
+        self._low &= (1 << LOW_BITS) - 1
+
+    def _second(self) -> NDArray[np.int64]:
+        """The second integers, made when they are first needed."""
         if self._high is None:
             self._high = np.zeros_like(self._low)
-        self._high += self._low >> LOW_BITS
-        self._low &= (1 << LOW_BITS) - 1
+        return self._high
 
     def scaled(self, factor: float) -> FloatArray:
         """The sum times a factor; with or without carries, the integer sum is rounded to float64 once."""

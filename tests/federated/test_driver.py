@@ -92,7 +92,7 @@ def spoil_names(update):
 
 
 def spoil_size(update):
-    return replace(with_delta(update, bias=np.full(5, 1e6, np.float32)), num_cases=1000)
+    return replace(with_delta(update, bias=np.full(5, 1e12, np.float32)), num_cases=1000)
 
 
 def spoil_round(update):
