@@ -4,13 +4,13 @@
 //
 //     P_{t+1} = lam P_t + x_t,    S_{t-1} = lam S_t + x_t,    z_t = P_t + S_t + e^u x_t,    y = z_num / z_den,
 //
-// a task is one sample and a few neighbouring channels, whose state is in registers. Tokens come in chunks: first a walk from
-// the last token to the first leaves the sum that enters each chunk from behind; then, chunk by chunk from the first, the
-// sums inside the chunk are computed anew, in a scratch that stays in the first cache. Memory beyond the results: a few
-// numbers per chunk.
+// a task is one sample and a strand of neighbouring channels, whose sums are in registers. Tokens come in chunks, and a task
+// walks over them a few times: for the largest key; for the weights e^k and their sums within each chunk, which are then
+// carried from chunk to chunk; for the results, after a look back from the end of the chunk to its start. Beyond the results,
+// the forward pass needs memory for a strand's weights, the backward pass three times as much.
 //
-// Sums within a chunk start from zero, in the type A; what enters a chunk is carried in double and faded by a table of
-// lam^p. So a rounded lam is never raised to high powers, and accuracy does not depend on the number of tokens.
+// Sums within a chunk are of the type A, and are carried from chunk to chunk in double. So a rounded lam is never raised to
+// high powers, and accuracy does not depend on the number of tokens.
 //
 // Each channel's numbers are computed in the same order whoever does it, and the gradients of w and u are summed over samples
 // at the end: results do not depend on the number of threads.
@@ -45,7 +45,7 @@ constexpr int BYTES = 64;  // of a vector
 constexpr int BYTES = 32;
 #endif
 constexpr int LANES = BYTES / sizeof(float);
-constexpr int GROUP = 4;      // vectors of channels in a task, two in a strand
+constexpr int GROUP = 4;      // vectors of channels in a strand
 constexpr int CHUNK = 32;     // tokens
 constexpr int64_t AHEAD = 8;  // tokens fetched before they are needed
 
@@ -175,7 +175,7 @@ INLINE Vec<double> exponential(Vec<double> x) {
 // ---------------------------------------------------------------------------------------------------- one strand
 
 constexpr double LARGEST = 300.0;  // as in rates.py
-constexpr double SAFE_IN_FLOAT = 30.0;
+constexpr double SAFE_IN_FLOAT = 20.0;
 
 template <typename T>
 struct Rows {  // of tokens; neighbouring channels are neighbours in memory
@@ -561,39 +561,23 @@ struct Problem {
     double *gw, *gu;   // per sample and channel
 };
 
-// Neighbouring strands of a sample walk together, since they share what the processor fetches from memory.
-template <typename K, typename A, int N, int STRANDS>
+template <typename K, typename A, int N>
 void walk(const Problem& problem, int64_t sample, int64_t channel, const Columns<K>& columns, char* memory) {
-    Strand<K, A, N> strands[STRANDS];
-    constexpr int64_t width = N * lanes<A>;
+    Strand<K, A, N> strand;
+    strand.begin(problem.tokens, columns, problem.w + channel, problem.u + channel, problem.backward, memory);
     const int64_t chunks = (problem.tokens + CHUNK - 1) / CHUNK;
-    const auto moved = [](auto rows, int64_t by) { return rows.start += by, rows; };
-    for (int i = 0; i < STRANDS; ++i) {
-        const Columns<K> own{moved(columns.k, i * width), moved(columns.v, i * width), moved(columns.gy, i * width),
-                             moved(columns.y, i * width), moved(columns.gk, i * width), moved(columns.gv, i * width)};
-        const int64_t first = channel + i * width;
-        strands[i].begin(problem.tokens, own, problem.w + first, problem.u + first, problem.backward, memory);
-        memory += Strand<K, A, N>::scratch(problem.tokens, problem.backward);
-    }
-    const auto each = [&](auto&& act) {
-        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-            for (Strand<K, A, N>& strand : strands) act(strand, chunk);
-        }
-    };
-    each([](auto& strand, int64_t chunk) { strand.look(chunk); });
-    each([](auto& strand, int64_t chunk) { strand.weigh(chunk); });
-    for (auto& strand : strands) strand.enter();
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) strand.look(chunk);
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) strand.weigh(chunk);
+    strand.enter();
     if (!problem.backward) {
-        each([](auto& strand, int64_t chunk) { strand.answer(chunk); });
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) strand.answer(chunk);
         return;
     }
-    each([](auto& strand, int64_t chunk) { strand.scale(chunk); });
-    for (auto& strand : strands) strand.turn();
-    each([](auto& strand, int64_t chunk) { strand.finish(chunk); });
-    for (int i = 0; i < STRANDS; ++i) {
-        const int64_t place = sample * problem.padded + channel + i * width;
-        strands[i].give(problem.gw + place, problem.gu + place);
-    }
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) strand.scale(chunk);
+    strand.turn();
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) strand.finish(chunk);
+    const int64_t place = sample * problem.padded + channel;
+    strand.give(problem.gw + place, problem.gu + place);
 }
 
 // Copies of columns whose channels do not fill a vector.
@@ -636,7 +620,7 @@ void solve_piece(const Problem& problem, const Piece& piece, int64_t sample, cha
     }
     if constexpr (!std::is_same_v<K, double>) {
         if (piece.whole) {
-            walk<K, float, GROUP, 1>(problem, sample, piece.channel, columns, memory);
+            walk<K, float, GROUP>(problem, sample, piece.channel, columns, memory);
             return;
         }
     }
@@ -653,9 +637,9 @@ void solve_piece(const Problem& problem, const Piece& piece, int64_t sample, cha
         columns.gv = {packed.slot(5), LANES};
     }
     if (piece.wide) {
-        walk<K, double, 2, 1>(problem, sample, piece.channel, columns, memory);
+        walk<K, double, 2>(problem, sample, piece.channel, columns, memory);
     } else if constexpr (!std::is_same_v<K, double>) {
-        walk<K, float, 1, 1>(problem, sample, piece.channel, columns, memory);
+        walk<K, float, 1>(problem, sample, piece.channel, columns, memory);
     }
     if (left >= LANES) return;
     if (!problem.backward) packed.give(given.y, 3);
@@ -758,6 +742,7 @@ void ask_for_large_pages(const Tensor& tensor, const Problem& problem, std::size
 #ifdef __linux__
     const std::size_t page = std::size_t{1} << 21;
     const std::size_t size = static_cast<std::size_t>(problem.batch * problem.tokens * problem.channels) * element;
+    if (size < std::size_t{16} << 20) return;  // smaller ones are memory that was used before
     const std::uintptr_t from = (reinterpret_cast<std::uintptr_t>(tensor.start) + page - 1) / page * page;
     const std::uintptr_t to = (reinterpret_cast<std::uintptr_t>(tensor.start) + size) / page * page;
     if (from < to) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);

@@ -2,7 +2,6 @@
 
 import ctypes
 import functools
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ SOURCE = Path(__file__).with_name("bi_wkv.cpp")
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 _FAILURES = {1: "there is not enough memory", 2: "it does not know this type of numbers"}
-_lock = threading.Lock()
 
 
 def unavailable() -> str | None:
@@ -50,6 +48,8 @@ def _forward(k_BTC: Tensor, v_BTC: Tensor, decay_C: Tensor, first_C: Tensor) -> 
     k, v = _alike(k_BTC, v_BTC)
     decay, first = _parameters(decay_C, first_C)
     y_BTC = torch.empty(v.shape, dtype=v.dtype)
+    if not v.numel():
+        return y_BTC.to(v_BTC.dtype)
     _call(k, v, decay, first, y_BTC.data_ptr(), None, [0] * 4)
     return y_BTC.to(v_BTC.dtype)
 
@@ -57,8 +57,9 @@ def _forward(k_BTC: Tensor, v_BTC: Tensor, decay_C: Tensor, first_C: Tensor) -> 
 def _backward(gy_BTC: Tensor, k_BTC: Tensor, v_BTC: Tensor, decay_C: Tensor, first_C: Tensor) -> Gradients:
     k, v, gy = _alike(k_BTC, v_BTC, gy_BTC)
     decay, first = _parameters(decay_C, first_C)
-    found = [torch.empty(x.shape, dtype=x.dtype) for x in (k, v, decay, first)]
-    _call(k, v, decay, first, None, gy, [gradient.data_ptr() for gradient in found])
+    found = [torch.empty(x.shape, dtype=x.dtype) for x in (k, v)] + [torch.zeros_like(x) for x in (decay, first)]
+    if v.numel():
+        _call(k, v, decay, first, None, gy, [gradient.data_ptr() for gradient in found])
     inputs = (k_BTC, v_BTC, decay_C, first_C)
     gk, gv, gdecay, gfirst = (gradient.to(x.dtype) for gradient, x in zip(found, inputs, strict=True))
     return gk, gv, gdecay, gfirst
@@ -70,9 +71,7 @@ bi_wkv_cpp = register("bi_wkv_cpp", _forward, _backward)
 def _call(
     k: Tensor, v: Tensor, decay: Tensor, first: Tensor, y: int | None, gy: Tensor | None, found: Sequence[int]
 ) -> None:
-    with _lock:  # one thread compiles
-        function = load()
-    failed = function(
+    failed = load()(
         _TYPES[v.dtype],
         decay.dtype == torch.float64,
         torch.get_num_threads(),

@@ -10,8 +10,8 @@ At 300 a neighbour of the nearest token weighs e^-300 / T less across the sequen
 weights, and nothing that is visible in a result is lost.
 """
 
-SAFE_IN_FLOAT32 = 30.0
-"""Up to this size of decay and bonus one shift per channel keeps all sums of weights within float32."""
+SAFE_IN_FLOAT32 = 20.0
+"""Up to this size of decay and bonus float32 holds all sums of weights, and gradients keep five digits."""
 
 
 def rates(decay_C: Tensor, first_C: Tensor, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
