@@ -26,9 +26,6 @@
 #include <new>
 #include <type_traits>
 #include <utility>
-#ifdef __FMA__
-#include <immintrin.h>
-#endif
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
@@ -119,19 +116,11 @@ INLINE Vec<A> fill(double value) {
     return Vec<A>{} + static_cast<A>(value);
 }
 
-// a b + c, rounded once where the processor can. Written out, since compilers would choose products for it that make every
-// step of a sum wait for two operations.
+// a b + c, rounded once where the processor can.
 template <typename V>
 INLINE V fma(V a, V b, V c) {
     return a * b + c;
 }
-#ifdef __AVX512F__
-INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm512_fmadd_ps(a, b, c); }
-INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return _mm512_fmadd_pd(a, b, c); }
-#elif defined(__FMA__)
-INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm256_fmadd_ps(a, b, c); }
-INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return _mm256_fmadd_pd(a, b, c); }
-#endif
 
 // e^x for x <= 0, one for one lane: 2^n e^r with |r| <= log(2) / 2. Relative error 1e-7, of doubles 1e-15. NaN stays NaN.
 INLINE Vec<float> exponential(Vec<float> x) {
@@ -580,31 +569,82 @@ void walk(const Problem& problem, int64_t sample, int64_t channel, const Columns
     strand.give(problem.gw + place, problem.gu + place);
 }
 
-// Copies of columns whose channels do not fill a vector.
-template <typename K>
-struct Packed {
-    K* memory;
-    int64_t tokens, channels;
-
-    static int64_t size(int64_t tokens) { return 6 * tokens * LANES * static_cast<int64_t>(sizeof(K)); }
-
-    K* slot(int number) const { return memory + number * tokens * LANES; }
-
-    Rows<const K> take(const Rows<const K>& rows, int number) const {
-        std::memset(static_cast<void*>(slot(number)), 0, size(tokens) / 6);
-        for (int64_t t = 0; t < tokens; ++t) std::memcpy(slot(number) + t * LANES, rows.at(t), channels * sizeof(K));
-        return {slot(number), LANES};
-    }
-    void give(const Rows<K>& rows, int number) const {
-        for (int64_t t = 0; t < tokens; ++t) std::memcpy(rows.at(t), slot(number) + t * LANES, channels * sizeof(K));
-    }
-};
-
 struct Piece {  // of the channels
     int64_t channel;
-    bool whole;  // a group, else a vector or what is left of one
+    bool whole;  // a strand, else a vector or what is left of one
     bool wide;   // accumulate in double
 };
+
+INLINE double widened(double value) { return value; }
+INLINE float widened(float value) { return value; }
+INLINE float widened(BFloat16 value) { return bits_of<float>(static_cast<std::uint32_t>(value.bits) << 16); }
+
+template <typename K>
+INLINE K narrowed(double value) {
+    if constexpr (std::is_same_v<K, BFloat16>) {
+        const std::uint32_t bits = bits_of<std::uint32_t>(static_cast<float>(value));
+        const std::uint32_t near = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+        return {static_cast<std::uint16_t>(value != value ? 0x7fc0 : near)};
+    } else {
+        return static_cast<K>(value);
+    }
+}
+
+// Copies of a few channels of a sample, in the type in which they are computed.
+template <typename A>
+class Packed {
+    A* memory;
+    int64_t tokens, channels;
+
+    A* slot(int number) const { return memory + number * tokens * LANES; }
+
+public:
+    static int64_t size(int64_t tokens) { return 6 * tokens * LANES * static_cast<int64_t>(sizeof(A)); }
+
+    Packed(void* memory, int64_t tokens, int64_t channels)
+        : memory(static_cast<A*>(memory)), tokens(tokens), channels(channels) {}
+
+    template <typename K>
+    Rows<const A> take(const Rows<const K>& rows, int number) const {
+        std::fill(slot(number), slot(number) + tokens * LANES, A{});
+        for (int64_t t = 0; t < tokens; ++t) {
+            for (int64_t c = 0; c < channels; ++c) slot(number)[t * LANES + c] = widened(rows.at(t)[c]);
+        }
+        return room<const A>(number);
+    }
+    template <typename T = A>
+    Rows<T> room(int number) const {
+        return {slot(number), LANES};
+    }
+    template <typename K>
+    void give(const Rows<K>& rows, int number) const {
+        for (int64_t t = 0; t < tokens; ++t) {
+            for (int64_t c = 0; c < channels; ++c) rows.at(t)[c] = narrowed<K>(slot(number)[t * LANES + c]);
+        }
+    }
+};
+
+// A vector of channels, or what is left of one.
+template <typename K, typename A>
+void solve_rest(const Problem& problem, const Piece& piece, int64_t sample, const Columns<K>& given, char* memory) {
+    const Packed<A> packed(memory, problem.tokens, std::min<int64_t>(LANES, problem.channels - piece.channel));
+    memory += Packed<A>::size(problem.tokens);
+    Columns<A> columns{packed.take(given.k, 0), packed.take(given.v, 1), {}, {}, {}, {}};
+    if (problem.backward) {
+        columns.gy = packed.take(given.gy, 2);
+        columns.gk = packed.room(3);
+        columns.gv = packed.room(4);
+    } else {
+        columns.y = packed.room(5);
+    }
+    walk<A, A, LANES / lanes<A>>(problem, sample, piece.channel, columns, memory);
+    if (problem.backward) {
+        packed.give(given.gk, 3);
+        packed.give(given.gv, 4);
+    } else {
+        packed.give(given.y, 5);
+    }
+}
 
 template <typename K>
 void solve_piece(const Problem& problem, const Piece& piece, int64_t sample, char* memory) {
@@ -618,33 +658,15 @@ void solve_piece(const Problem& problem, const Piece& piece, int64_t sample, cha
     } else {
         columns.y = out(problem.y);
     }
-    if constexpr (!std::is_same_v<K, double>) {
-        if (piece.whole) {
-            walk<K, float, GROUP>(problem, sample, piece.channel, columns, memory);
-            return;
-        }
+    if constexpr (std::is_same_v<K, double>) {
+        solve_rest<K, double>(problem, piece, sample, columns, memory);
+    } else if (piece.wide) {
+        solve_rest<K, double>(problem, piece, sample, columns, memory);
+    } else if (piece.whole) {
+        walk<K, float, GROUP>(problem, sample, piece.channel, columns, memory);
+    } else {
+        solve_rest<K, float>(problem, piece, sample, columns, memory);
     }
-    const Columns<K> given = columns;
-    const int64_t left = problem.channels - piece.channel;
-    const Packed<K> packed{reinterpret_cast<K*>(memory), problem.tokens, left};
-    if (left < LANES) {
-        memory += (Packed<K>::size(problem.tokens) + 63) / 64 * 64;
-        columns.k = packed.take(given.k, 0);
-        columns.v = packed.take(given.v, 1);
-        if (problem.backward) columns.gy = packed.take(given.gy, 2);
-        columns.y = {packed.slot(3), LANES};
-        columns.gk = {packed.slot(4), LANES};
-        columns.gv = {packed.slot(5), LANES};
-    }
-    if (piece.wide) {
-        walk<K, double, 2>(problem, sample, piece.channel, columns, memory);
-    } else if constexpr (!std::is_same_v<K, double>) {
-        walk<K, float, 1>(problem, sample, piece.channel, columns, memory);
-    }
-    if (left >= LANES) return;
-    if (!problem.backward) packed.give(given.y, 3);
-    if (problem.backward) packed.give(given.gk, 4);
-    if (problem.backward) packed.give(given.gv, 5);
 }
 
 // A thread's memory, kept for its next call unless it is large.
@@ -698,8 +720,9 @@ int solve(const Problem& problem, int threads) {
     if (!pieces) return 1;
     const int64_t count = cut(problem, std::is_same_v<K, double>, pieces.get());
     const int64_t tasks = problem.batch * count;
-    const int64_t narrow = Strand<K, float, GROUP>::scratch(problem.tokens, problem.backward);
-    const int64_t wide = Strand<K, double, 2>::scratch(problem.tokens, problem.backward) + Packed<K>::size(problem.tokens) + 64;
+    const int64_t narrow = Strand<float, float, GROUP>::scratch(problem.tokens, problem.backward);
+    const int64_t wide =
+        Strand<double, double, 2>::scratch(problem.tokens, problem.backward) + Packed<double>::size(problem.tokens);
     threads = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, tasks)));
     int failed = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1) reduction(| : failed)
