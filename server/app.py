@@ -59,7 +59,9 @@ def main(grid: Grid, context: Context) -> None:
     save_model_file(path, experiment, state.weights, f"{experiment.name}/{RUN}")
     log.info("done; the model is %s", path)
     if state.private:
-        log.info("%d tensors stayed at the sites; each completes the model with `fedseg personalise`", len(state.private))
+        log.info(
+            "%d tensors stayed at the sites; each completes the model with `fedseg personalise`", len(state.private)
+        )
 
 
 def _tell(event: Event) -> None:
