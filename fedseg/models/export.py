@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from fedseg.errors import ModelError
+from fedseg.layers.kernels.exported import LARGEST_DECAY
+from fedseg.layers.rwkv import SpatialMix
 
 INPUT, OUTPUT = "image", "logits"
 """Names of the graph's input `(B, C, D, H, W)` and output `(B, K, D, H, W)`."""
@@ -26,11 +28,13 @@ def export_model(model: nn.Module, path: Path, patch_size: Sequence[int], in_cha
         in_channels: channels of the input.
 
     Raises:
-        ModelError: the suffix is another, or the packages for ONNX are not installed.
+        ModelError: the suffix is another, the packages for ONNX are not installed, or the network's decays are too large for
+            the plain operations of which an exported Bi-WKV consists.
     """
     suffix = path.suffix.lower()
     if suffix not in (".onnx", ".pt2"):
         raise ModelError(f"{path}: a network is exported to .onnx or .pt2, got {path.suffix or 'no suffix'!r}")
+    _require_plain_decays(model, path)
     device = next(model.parameters()).device
     image_BCDHW = torch.zeros(2, in_channels, *patch_size, device=device)  # of one, the exporter would fix the batch
     with _ready_for_export(model):
@@ -39,6 +43,15 @@ def export_model(model: nn.Module, path: Path, patch_size: Sequence[int], in_cha
             torch.export.save(program, path)
         else:
             _write_onnx(program, path)
+
+
+def _require_plain_decays(model: nn.Module, path: Path) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, SpatialMix) and module.decay.abs().max() > LARGEST_DECAY:
+            raise ModelError(
+                f"{path}: {name}.decay reaches {module.decay.abs().max():g}; an exported graph computes Bi-WKV out of plain"
+                f" operations, which hold up to {LARGEST_DECAY:g}"
+            )
 
 
 def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:

@@ -257,7 +257,8 @@ _RWKV_OPTIONS: Mapping[str, Option] = {
 
 
 def _rwkv_slices(options: Mapping[str, Any]) -> Size:
-    return tuple(1 if axis == options["slice_axis"] else 16 for axis in "DHW")  # type: ignore[return-value]
+    depth, height, width = (1 if axis == options["slice_axis"] else 16 for axis in "DHW")
+    return depth, height, width
 
 
 _SYNAPSE = Preset(

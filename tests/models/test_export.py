@@ -73,3 +73,12 @@ def test_onnx_without_its_packages_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ModelError, match=r'pip install "fedseg\[onnx\]"'):
         export_model(build("unet"), tmp_path / "model.onnx", SIZE, 2)
+
+
+def test_decays_that_plain_operations_cannot_hold_are_refused(tmp_path):
+    model = build("rwkv-unet")
+    with torch.no_grad():
+        model.stages[2][1].mix.decay[0] = -61.0
+    with pytest.raises(ModelError, match=r"stages\.2\.1\.mix\.decay reaches 61"):
+        export_model(model, tmp_path / "model.pt2", SIZE, 2)
+    assert not (tmp_path / "model.pt2").exists()

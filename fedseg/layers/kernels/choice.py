@@ -1,5 +1,6 @@
 """Which implementation of Bi-WKV computes: the fastest that this machine has, unless somebody says otherwise."""
 
+import functools
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -100,6 +101,7 @@ def _fastest(device: str) -> str:
     return _automatic[device]
 
 
+@functools.cache
 def _why_not(name: str) -> str | None:
     """Why an implementation cannot run, after compiling it if that takes only a moment."""
     reason = IMPLEMENTATIONS[name].unavailable()
