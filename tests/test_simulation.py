@@ -164,6 +164,35 @@ def test_an_interrupted_simulation_goes_on_to_the_same_result(finished, scenario
     assert load_result(output)["final"] == load_result(finished)["final"]
 
 
+def test_a_terminated_simulation_leaves_no_process_behind(scenario, tmp_path):
+    program = "from fedseg.cli import main; main()"
+    arguments = ["simulate", str(scenario), "--output", str(tmp_path / "out"), "--workers", "2"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *arguments], stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        end_time = time.monotonic() + 200
+        while not list((tmp_path / "out" / "checkpoints").glob("*")) and time.monotonic() < end_time:
+            time.sleep(0.05)
+        process.terminate()
+        assert process.wait(60) == 143
+        end_time = time.monotonic() + 60
+        while _group_lives(process.pid) and time.monotonic() < end_time:
+            time.sleep(0.1)
+        assert not _group_lives(process.pid)
+    finally:
+        if _group_lives(process.pid):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def _group_lives(group):
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 def test_results_are_not_overwritten_by_accident(finished, scenario, tmp_path):
     with pytest.raises(StoreError, match="add --resume to go on, --overwrite to discard"):
         simulate(load_scenario(scenario), finished, Machine())

@@ -1,6 +1,7 @@
 """The `fedseg` command. Commands import what they need when they run, so that `--help` answers at once."""
 
 import logging
+import signal
 import sys
 from typing import Annotated
 
@@ -48,6 +49,7 @@ def _options(
 
 def main() -> None:
     """Run the command; expected errors become one readable message and exit code 2."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception on its way out ends the worker processes
     try:
         app()
     except FedsegError as error:
