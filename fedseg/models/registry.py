@@ -256,8 +256,31 @@ _RWKV_OPTIONS: Mapping[str, Option] = {
 }
 
 
-def _rwkv_slices(options: Mapping[str, Any]) -> Size:
-    depth, height, width = (1 if axis == options["slice_axis"] else 16 for axis in "DHW")
+def _rwkv(factory: str, description: str, patch_size: Size, defaults: Mapping[str, Any]) -> Architecture:
+    """RWKV-UNet over slices, if its defaults have a `slice_axis`, or over volumes."""
+    slices = {"slice_axis": Option("choice", ("D", "H", "W"))} if "slice_axis" in defaults else {}
+    return Architecture(
+        module="fedseg.models.rwkv",
+        factory=factory,
+        default_preset="t",
+        presets={
+            size: Preset(
+                description.format(size.upper()),
+                patch_size,
+                num_labels=9,
+                options={**options, "norm": "batch", **defaults},
+            )
+            for size, options in _RWKV_SIZES.items()
+        },
+        options={**_RWKV_OPTIONS, **slices},
+        stride=_rwkv_stride,
+        per_sample=lambda options: options["norm"] == "instance",
+        encoder=r"^(stem|stages)\.",
+    )
+
+
+def _rwkv_stride(options: Mapping[str, Any]) -> Size:
+    depth, height, width = (1 if axis == options.get("slice_axis") else 16 for axis in "DHW")
     return depth, height, width
 
 
@@ -384,40 +407,11 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         per_sample=lambda options: options["norm"] == "instance",
         encoder=r"^(input_block|downsamples|bottleneck)\.",
     ),
-    "rwkv-unet": Architecture(
-        module="fedseg.models.rwkv",
-        factory="RWKVUNet",
-        default_preset="t",
-        presets={
-            size: Preset(
-                f"as released, size {size.upper()}, slice by slice",
-                (1, 224, 224),
-                num_labels=9,
-                options={**options, "norm": "batch", "slice_axis": "D"},
-            )
-            for size, options in _RWKV_SIZES.items()
-        },
-        options={**_RWKV_OPTIONS, "slice_axis": Option("choice", ("D", "H", "W"))},
-        stride=_rwkv_slices,
-        per_sample=lambda options: options["norm"] == "instance",
-        encoder=r"^(stem|stages)\.",
-    ),
-    "rwkv-unet-3d": Architecture(
-        module="fedseg.models.rwkv",
-        factory="RWKVUNet3d",
-        default_preset="t",
-        presets={
-            size: Preset(
-                f"RWKV-UNet over volumes, size {size.upper()} (our extension)",
-                (48, 64, 48),
-                num_labels=9,
-                options={**options, "norm": "batch", "kernel": 3, "decoder_kernel": 5},
-            )
-            for size, options in _RWKV_SIZES.items()
-        },
-        options=_RWKV_OPTIONS,
-        stride=lambda _options: (16, 16, 16),
-        per_sample=lambda options: options["norm"] == "instance",
-        encoder=r"^(stem|stages)\.",
+    "rwkv-unet": _rwkv("RWKVUNet", "as released, size {}, slice by slice", (1, 224, 224), {"slice_axis": "D"}),
+    "rwkv-unet-3d": _rwkv(
+        "RWKVUNet3d",
+        "RWKV-UNet over volumes, size {} (our extension)",
+        (48, 64, 48),
+        {"kernel": 3, "decoder_kernel": 5},
     ),
 }
