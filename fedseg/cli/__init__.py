@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from fedseg import __version__
-from fedseg.cli import data, experiment, kernels, models, personalise, predict, simulate, train, warm_start
+from fedseg.cli import data, experiment, kernels, models, personalise, predict, provision, simulate, train, warm_start
 from fedseg.errors import FedsegError
 
 app = typer.Typer(
@@ -30,6 +30,7 @@ for command in (
     models.export,
     kernels.kernels,
     warm_start.warm_start,
+    provision.provision,
 ):
     app.command()(command)
 app.add_typer(data.app, name="data")

@@ -1,0 +1,1 @@
+"""What only the coordinator of a study does: provision kits, fence the server, run it."""
