@@ -81,10 +81,17 @@ def load_state(path: Path, sha256: str | None = None) -> ServerState:
         raise StoreError(f"{path}: not a readable checkpoint: {type(error).__name__}: {error}") from error
 
 
-def write_durably(path: Path, *buffers: Buffer) -> None:
-    """Write a file aside, sync it, and rename it into place; a crash leaves the old file or the new one."""
+def write_durably(path: Path, *buffers: Buffer, mode: int = 0o666) -> None:
+    """Write a file aside, sync it, and rename it into place; a crash leaves the old file or the new one.
+
+    Args:
+        path: the final name.
+        buffers: what to write, one after the other.
+        mode: permissions, from which the process's mask is taken away.
+    """
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with aside.open("wb") as file:
+    aside.unlink(missing_ok=True)  # of a killed process with the same number, perhaps with other permissions
+    with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
         file.writelines(buffers)
         file.flush()
         os.fsync(file.fileno())
