@@ -54,11 +54,15 @@ def show(
         for entry in found:
             typer.echo(entry.line().decode().rstrip("\n"))
         return
+    from rich import box
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table("when", "round", "asked", "decided", "cases", "seconds", "left")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("when (UTC)", no_wrap=True)
+    for heading in ("round", "asked", "decided", "cases", "seconds", "left"):
+        table.add_column(heading, justify="right" if heading in ("round", "cases", "seconds") else "left")
     for entry in found:
         table.add_row(*(escape(_printable(cell)) for cell in _row(entry)))
     Console(highlight=False).print(table)
@@ -75,17 +79,25 @@ def _log_of(path: Path) -> Path:
 def _row(entry: "Entry") -> tuple[str, ...]:
     """The cells of a table; an entry of another program, or of another release, must not stop it."""
     asked, told = entry.asked, entry.entry
-    when = entry.time.replace("T", " ").partition(".")[0]
+    when = entry.time.replace("T", " ")[:16]
     if told.get("event") != "request":
-        details = {key: value for key, value in told.items() if key != "event" and not isinstance(value, dict | list)}
-        words = ", ".join(f"{key} {_short(value)}" for key, value in details.items())
-        return when, "", str(told.get("event", "?")), words, "", "", _torn(entry)
+        details = [
+            f"{key} {_short(value)}" for key, value in told.items() if isinstance(value, str | int) and key != "event"
+        ]
+        return when, "", str(told.get("event", "?")), ", ".join(details), "", "", _torn(entry)
     what = " ".join(str(asked[key]) for key in ("kind", "study", "model") if key in asked)
     decided = str(told.get("decided", "?"))
     if told.get("rule"):
         decided += f": {told['rule']}"
-    left = _left(told.get("left"))
-    cells = (asked.get("server_round"), what, decided, told.get("cases"), told.get("seconds"), left + _torn(entry))
+    seconds = told.get("seconds")
+    cells = (
+        asked.get("server_round"),
+        what,
+        decided,
+        told.get("cases"),
+        f"{seconds:.1f}" if isinstance(seconds, int | float) else None,
+        _left(told.get("left")) + _torn(entry),
+    )
     return when, *("" if cell is None else str(cell) for cell in cells)
 
 
@@ -104,8 +116,9 @@ def _torn(entry: "Entry") -> str:
 
 
 def _short(value: Any) -> str:
+    """Of a SHA-256 the first digits; `--json` has it all."""
     text = value if isinstance(value, str) else json.dumps(value)
-    return f"{text[:12]}..." if len(text) > 40 else text
+    return text[:8] if len(text) == 64 else text if len(text) <= 40 else f"{text[:40]}..."
 
 
 def _printable(text: str) -> str:

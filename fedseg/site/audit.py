@@ -26,7 +26,11 @@ from fedseg.errors import AuditError
 from fedseg.federated.checkpoint import write_durably
 from fedseg.federated.faults import reach
 from fedseg.federated.messages import SiteUpdate
-from fedseg.site.chain import GENESIS, LONGEST_LINE, Entry, Head, digest_of, entries, head_path, read_head
+from fedseg.site.chain import GENESIS, LONGEST_LINE, Head, digest_of, head_path, read_head
+from fedseg.site.chain import Entry as Entry
+from fedseg.site.chain import Verdict as Verdict
+from fedseg.site.chain import entries as entries
+from fedseg.site.chain import verify as verify
 
 LONGEST_TEXT = 1000
 """Characters of one text; of a longer one the log holds the beginning and the SHA-256."""

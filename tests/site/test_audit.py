@@ -2,6 +2,7 @@ import errno
 import json
 import multiprocessing
 import os
+import random
 import shutil
 import signal
 import stat
@@ -260,6 +261,32 @@ def test_a_line_that_was_announced_cannot_be_changed(tmp_path):
     assert verify(path).problem is None
     path.write_bytes(kept + line.replace(b'"cases":12', b'"cases":13'))
     assert "line 3 is not the last one" in verify(path).problem
+
+
+def append_until_killed(path, told):
+    while True:
+        told.send(AuditLog(path).append({"event": "note", "text": "x" * 20_000}).seq)
+
+
+def test_a_process_killed_at_random_moments_loses_no_entry_that_it_knew_of(tmp_path):
+    path, generator, known = tmp_path / "audit.jsonl", random.Random(5), 0
+    for _ in range(12):
+        ours, theirs = CONTEXT.Pipe(duplex=False)
+        process = spawn(append_until_killed, path, theirs)
+        theirs.close()
+        for _ in range(generator.randint(1, 5)):
+            known = ours.recv()
+        process.join(generator.uniform(0, 0.03))
+        process.kill()
+        process.join()
+        with suppress(EOFError):
+            while True:
+                known = ours.recv()
+        ours.close()
+        assert known <= verify(path).entries <= known + 1
+        assert "half-written" in (verify(path).problem or "half-written")
+    AuditLog(path).append(request())
+    assert verify(path).problem is None
 
 
 def append_many(path, name, count):
