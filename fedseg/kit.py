@@ -375,8 +375,8 @@ def _check_listed(folder: Path, name: str, entry: FileEntry, role: Role) -> None
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError:
         raise KitError(f"{folder / path}: is missing; {_ASK}") from None
-    except OSError as error:
-        raise KitError(f"{folder / path}: cannot be read: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        raise KitError(f"{str(folder / path)!r}: cannot be read: {error}; {_ASK}") from error
     if sha256 != entry.sha256:
         raise KitError(f"{folder / path}: is not the file that the coordinator signed; {_ASK}")
 

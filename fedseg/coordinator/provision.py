@@ -13,23 +13,24 @@ from fedseg.coordinator import texts
 from fedseg.coordinator.authority import (
     CLOCK_SKEW,
     Authority,
+    Validity,
     certificate_pem,
     create_authority,
     describe,
     key_pem,
     load_authority,
     new_key,
-    public_key_text,
     public_pem,
 )
 from fedseg.coordinator.bundle import app_bundle, bundled_files
-from fedseg.coordinator.fence import nginx_configuration
+from fedseg.coordinator.conflicts import Wishes, refuse_conflicts
+from fedseg.coordinator.contents import Contents
 from fedseg.coordinator.folders import Content, locked, recover, refresh_kit, write_folder, write_kit, write_zip
 from fedseg.coordinator.ledger import Ledger, LedgerSite, document, load_ledger, save_ledger
 from fedseg.coordinator.study import COORDINATOR, Study, StudySite, load_study
 from fedseg.errors import ConfigError, KitError
 from fedseg.federated.checkpoint import write_durably
-from fedseg.kit import IssuedCertificate, KitConfig, fingerprint, load_certificate, split_address
+from fedseg.kit import IssuedCertificate, load_certificate
 
 WARN_DAYS = 30
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
@@ -73,27 +74,23 @@ def provision(
         ConfigError: the study or what it refers to is wrong, or it no longer fits the kits.
         KitError: authority or kits are damaged.
     """
-    study = load_study(study_file)
+    study, wishes = load_study(study_file), Wishes(renew, revoke, update)
     with locked(folder):
         for place in (folder, folder / "sites", folder / "authority"):
             recover(place)
         bundle = _app_bundle(folder, app, update)
         authority, ledger = _open_or_create(folder, study, bundle, now)
-        office = _Office(folder, study, authority, ledger, bundle, now)
-        office.check(renew, revoke, update)
+        contents = Contents(study, authority, bundle)
+        warnings = refuse_conflicts(folder, contents, ledger, wishes)
+        office = _Office(folder, contents, ledger, now)
         office.adopt()
         office.revoke(revoke)
-        office.make_coordinator(COORDINATOR in renew, update)
+        office.make_coordinator(wishes)
         for site in study.config.sites:
-            office.make_site(site, site.name in renew, update)
+            office.make_site(site, wishes)
         office.finish()
-    return Provisioned(
-        folder,
-        tuple(office.written),
-        office.ledger,
-        (*office.warnings, *expiry_warnings(office.ledger, authority.not_after, now)),
-        fingerprint(authority.signing_key.public_key()),
-    )
+    warnings += expiry_warnings(office.ledger, authority.not_after, now)
+    return Provisioned(folder, tuple(office.written), office.ledger, tuple(warnings), contents.fingerprint)
 
 
 def standing(folder: Path, now: datetime) -> tuple[Ledger, list[str]]:
@@ -134,72 +131,19 @@ class _Office:
     """One run: the ledger is saved after each kit, so that a killed run can be repeated."""
 
     folder: Path
-    study: Study
-    authority: Authority
+    contents: Contents
     ledger: Ledger
-    app: bytes
     now: datetime
     written: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-
-    def check(self, renew: Sequence[str], revoke: Sequence[str], update: bool) -> None:
-        """Refuse what does not fit before anything is written."""
-        config, ledger = self.study.config, self.ledger
-        names = [site.name for site in config.sites]
-        for name in renew:
-            if name not in (*names, COORDINATOR):
-                raise ConfigError(f"--renew {name}: the study file has no such site; it has {_listed(names)}")
-        for name in revoke:
-            known = [site.name for site in ledger.sites]
-            if name not in known:
-                why = (
-                    "use --renew coordinator instead" if name == COORDINATOR else f"sites with a kit: {_listed(known)}"
-                )
-                raise ConfigError(f"--revoke {name}: no such site has a kit; {why}")
-            if name in renew:
-                raise ConfigError(f"--revoke {name} and --renew {name}: --renew alone revokes the old certificate")
-        if ledger.study != config.name:
-            raise ConfigError(
-                f"name: the kits in {self.folder} are of the study {ledger.study!r}, not {config.name!r}; use another folder"
-            )
-        changed = [
-            what
-            for what, old, new in (
-                ("coordinator.host and port", ledger.address, config.coordinator.address),
-                ("experiment", ledger.experiment_sha256, _sha256(self.study.experiment)),
-                ("the app bundle", ledger.app_sha256, _sha256(self.app)),
-            )
-            if old != new
-        ]
-        if changed and not update:
-            raise ConfigError(
-                f"{' and '.join(changed)} changed since the kits in {self.folder} were made; add --update to write all kits "
-                "anew (they keep their certificates) and hand them out, or change it back"
-            )
-        if ledger.names != config.coordinator.all_names and ledger.server is not None and COORDINATOR not in renew:
-            raise ConfigError(
-                f"coordinator.names: the server's certificate is for {_listed(ledger.names)}, the study file says "
-                f"{_listed(config.coordinator.all_names)}; add --renew coordinator, or change it back"
-            )
-        if ledger.server is not None and not (self.folder / COORDINATOR).is_dir() and COORDINATOR not in renew:
-            raise KitError(
-                f"{self.folder / COORDINATOR}: is missing; bring it back, or make new certificates with --renew coordinator"
-            )
-        for site in config.sites:
-            self._check_site(site, site.name in renew, update)
-        for known_site in ledger.sites:
-            if known_site.name not in names and known_site.revoked is None and known_site.name not in revoke:
-                self.warnings.append(
-                    f"{known_site.name} is not in the study file, but may still connect; use --revoke {known_site.name}"
-                )
 
     def adopt(self) -> None:
         """Enter kits into the ledger that a killed run had finished but not entered."""
-        server = self._unrecorded(self.folder / COORDINATOR / "server.crt")
-        loopback = self._unrecorded(self.folder / COORDINATOR / "loopback.crt")
+        coordinator = self.folder / COORDINATOR
+        server, loopback = (self._unrecorded(coordinator / name) for name in ("server.crt", "loopback.crt"))
         if server is not None and loopback is not None:
+            write_zip(coordinator)
             self._enter_server(server, loopback)
-        for site in self.study.config.sites:
+        for site in self.contents.study.config.sites:
             certificate = self._unrecorded(self._kit_of(site.name) / "site.crt")
             if certificate is not None:
                 write_zip(self._kit_of(site.name))
@@ -212,163 +156,77 @@ class _Office:
             if site is not None and site.revoked is None:
                 self._save(self.ledger.with_site(site.model_copy(update={"revoked": self.now})))
 
-    def make_coordinator(self, renew: bool, update: bool) -> None:
+    def make_coordinator(self, wishes: Wishes) -> None:
         """Write the server's kit if it is missing, or asked for."""
-        folder = self.folder / COORDINATOR
-        if self.ledger.server is not None and not (renew or update):
+        folder, renew = self.folder / COORDINATOR, COORDINATOR in wishes.renew
+        if self.ledger.server is not None and not (renew or wishes.update):
             return
         if self.ledger.server is None or renew:
-            coordinator = self.study.config.coordinator
+            authority, coordinator = self.contents.authority, self.contents.study.config.coordinator
             key, loopback_key = new_key(), new_key()
             organisation, validity = coordinator.organisation, self._validity()
-            server = self.authority.issue_server(key.public_key(), coordinator.all_names, organisation, validity)
-            loopback = self.authority.issue_server(loopback_key.public_key(), LOOPBACK_NAMES, organisation, validity)
+            server = authority.issue_server(key.public_key(), coordinator.all_names, organisation, validity)
+            loopback = authority.issue_server(loopback_key.public_key(), LOOPBACK_NAMES, organisation, validity)
             private = {"server.key": key_pem(key), "loopback.key": key_pem(loopback_key)}
         else:
             server, loopback = load_certificate(folder / "server.crt"), load_certificate(folder / "loopback.crt")
             private = _keys_in(folder, "server.key", "loopback.key")
-        ledger = self.ledger.with_server(describe(server), describe(loopback), self.now)
-        files = self._coordinator_files(ledger, server, loopback)
-        write_kit(folder, self._config(None), files, private, {}, self.authority, self.now)
+        files = self._coordinator_files(server, loopback)
+        write_kit(folder, self.contents.config(None), files, private, {}, self.contents.authority, self.now)
         self._enter_server(server, loopback)
 
-    def make_site(self, site: StudySite, renew: bool, update: bool) -> None:
+    def make_site(self, site: StudySite, wishes: Wishes) -> None:
         """Write a site's kit if it is missing, or asked for."""
-        known = self.ledger.site(site.name)
-        if known is not None and not renew:
-            if known.revoked is not None:
-                self.warnings.append(f"{site.name} is revoked; --renew {site.name} would admit it again")
-                return
-            if not update or site.name in self.written:
-                return
-        folder = self._kit_of(site.name)
+        known, folder, contents = self.ledger.site(site.name), self._kit_of(site.name), self.contents
         private: dict[str, bytes] = {}
-        if known is None or renew:
-            key: ec.EllipticCurvePublicKey | None = self.study.public_keys.get(site.name)
+        if known is None or site.name in wishes.renew:
+            key: ec.EllipticCurvePublicKey | None = contents.study.public_keys.get(site.name)
             if key is None:
                 made = new_key()
                 key, private = made.public_key(), {"site.key": key_pem(made)}
-            study = self.study.config.name
-            certificate = self.authority.issue_site(key, study, site.name, site.institution, self._validity())
-        else:
+            certificate = contents.authority.issue_site(
+                key, contents.study.config.name, site.name, site.institution, self._validity()
+            )
+        elif wishes.update and known.revoked is None:
             certificate = load_certificate(folder / "site.crt")
             private = _keys_in(folder, "site.key")
-        files = self._site_files(site, certificate)
-        loose = {"site.toml": texts.site_toml(site.name)}
-        write_kit(folder, self._config(site.name), files, private, loose, self.authority, self.now)
+        else:
+            return
+        files, loose = contents.of_site(site, certificate), {"site.toml": texts.site_toml(site.name)}
+        write_kit(folder, contents.config(site.name), files, private, loose, contents.authority, self.now)
         self._enter_site(site, certificate)
 
     def finish(self) -> None:
-        """Bring the revocation list and the server's kit up to date."""
-        config = self.study.config
+        """Bring the ledger, the revocation list and the server's kit up to date."""
+        coordinator = self.contents.study.config.coordinator
         facts = {
-            "address": config.coordinator.address,
-            "names": config.coordinator.all_names,
-            "experiment_sha256": _sha256(self.study.experiment),
-            "app_sha256": _sha256(self.app),
+            "address": coordinator.address,
+            "names": coordinator.all_names,
+            "experiment_sha256": self.contents.experiment_sha256,
+            "app_sha256": self.contents.app_sha256,
         }
         if self.ledger != self.ledger.model_copy(update=facts):
             self._save(self.ledger.model_copy(update=facts))
         self._refresh_revocations()
         folder = self.folder / COORDINATOR
-        server, loopback = load_certificate(folder / "server.crt"), load_certificate(folder / "loopback.crt")
-        files = self._coordinator_files(self.ledger, server, loopback)
-        changed = refresh_kit(folder, self._config(None), files, self.authority, self.now)
-        if changed and COORDINATOR not in self.written:
-            self.written.insert(0, COORDINATOR)
-
-    def _check_site(self, site: StudySite, renew: bool, update: bool) -> None:
-        known = self.ledger.site(site.name)
-        own = self.study.public_keys.get(site.name)
-        text = None if own is None else public_key_text(own)
-        for other in self.ledger.sites:
-            theirs = {certificate.public_key for certificate in (other, *other.earlier)}
-            if text in theirs and other.name != site.name:
-                raise ConfigError(f"{site.name}: has the key of {other.name}; each hospital needs a key of its own")
-        if known is None:
-            return
-        if known.name != site.name:
-            raise ConfigError(f"{site.name}: there is a kit of {known.name}; write the name as it was")
-        if renew or known.revoked is not None:
-            return
-        if (text is not None and text != known.public_key) or (text is None) != (known.key_source == "made here"):
-            raise ConfigError(f"{site.name}: its key is another one than in its kit; add --renew {site.name}")
-        if site.institution != known.institution:
-            self.warnings.append(f"{site.name}: its institution changed; --renew {site.name} would put it into its kit")
-        if update and not (self._kit_of(site.name) / "site.crt").is_file():
-            raise KitError(f"{self._kit_of(site.name)}: is missing; bring it back, or add --renew {site.name}")
+        files = self._coordinator_files(*(load_certificate(folder / name) for name in ("server.crt", "loopback.crt")))
+        if refresh_kit(folder, self.contents.config(None), files, self.contents.authority, self.now):
+            self._note(COORDINATOR)
 
     def _refresh_revocations(self) -> None:
-        path = self.folder / "authority" / "crl.pem"
-        revoked = self.ledger.revoked()
-        listed = {entry.serial_number for entry in x509.load_pem_x509_crl(path.read_bytes())}
-        if listed != {int(certificate.serial, 16) for certificate in revoked}:
+        path, revoked = self.folder / "authority" / "crl.pem", self.ledger.revoked()
+        listed = {f"{entry.serial_number:x}" for entry in x509.load_pem_x509_crl(path.read_bytes())}
+        if listed != {certificate.serial for certificate in revoked}:
             self._save(self.ledger.model_copy(update={"crl_number": self.ledger.crl_number + 1}))
-            write_durably(path, self.authority.revocation_list(revoked, self.ledger.crl_number, self.now))
+            crl = self.contents.authority.revocation_list(revoked, self.ledger.crl_number, self.now)
+            write_durably(path, crl)
 
-    def _coordinator_files(
-        self, ledger: Ledger, server: x509.Certificate, loopback: x509.Certificate
-    ) -> dict[str, Content]:
-        expires = min(server.not_valid_after_utc, loopback.not_valid_after_utc)
-        config = self._config(None)
-        readme = texts.coordinator_readme(
-            config, app_sha256=_sha256(self.app), fingerprint=self._fingerprint, expires=expires
-        )
-        files: dict[str, Content] = {
-            **self._shared_files(config, readme),
-            "server.crt": certificate_pem(server),
-            "loopback.crt": certificate_pem(loopback),
-            "crl.pem": (self.folder / "authority" / "crl.pem").read_bytes(),
-            "sites.json": document(ledger.roster),
-            "nginx.conf": self._nginx(ledger),
-        }
-        if self.study.pretrained is not None:
-            name, path = self.study.pretrained
-            files[name] = path
-        return files
+    def _coordinator_files(self, server: x509.Certificate, loopback: x509.Certificate) -> dict[str, Content]:
+        crl = (self.folder / "authority" / "crl.pem").read_bytes()
+        return self.contents.of_coordinator(self.ledger, server, loopback, crl, self.now)
 
-    def _site_files(self, site: StudySite, certificate: x509.Certificate) -> dict[str, Content]:
-        config = self._config(site.name)
-        readme = texts.site_readme(
-            config,
-            institution=site.institution,
-            own_key=site.name in self.study.public_keys,
-            app_sha256=_sha256(self.app),
-            fingerprint=self._fingerprint,
-            expires=certificate.not_valid_after_utc,
-        )
-        return {**self._shared_files(config, readme), "site.crt": certificate_pem(certificate)}
-
-    def _shared_files(self, config: KitConfig, readme: bytes) -> dict[str, Content]:
-        return {
-            "kit.toml": texts.kit_toml(config),
-            "ca.crt": certificate_pem(self.authority.certificate),
-            "signing.pub": public_pem(self.authority.signing_key.public_key()),
-            "experiment.toml": self.study.experiment,
-            "app.fab": self.app,
-            "README.md": readme,
-        }
-
-    def _nginx(self, ledger: Ledger) -> bytes:
-        host, port = split_address(self._config(None).coordinator)
-        folder = self.folder / COORDINATOR
-        return nginx_configuration(folder, ledger.roster, host, port, now=self.now).encode()
-
-    def _config(self, site: str | None) -> KitConfig:
-        return KitConfig(
-            format=1,
-            study=self.study.config.name,
-            role="coordinator" if site is None else "site",
-            site=site,
-            coordinator=self.study.config.coordinator.address,
-        )
-
-    @property
-    def _fingerprint(self) -> str:
-        return fingerprint(self.authority.signing_key.public_key())
-
-    def _validity(self) -> tuple[datetime, datetime]:
-        return self.now - CLOCK_SKEW, self.now + timedelta(days=self.study.config.valid_days)
+    def _validity(self) -> Validity:
+        return self.now - CLOCK_SKEW, self.now + timedelta(days=self.contents.study.config.valid_days)
 
     def _kit_of(self, site: str) -> Path:
         return self.folder / "sites" / site
@@ -377,13 +235,14 @@ class _Office:
         if not path.is_file():
             return None
         certificate = load_certificate(path)
-        known = {int(known.serial, 16) for known in self.ledger.certificates()}
-        return certificate if certificate.serial_number not in known and self.authority.issued(certificate) else None
+        known = {issued.serial for issued in self.ledger.certificates()}
+        new = f"{certificate.serial_number:x}" not in known and self.contents.authority.issued(certificate)
+        return certificate if new else None
 
     def _enter_server(self, server: x509.Certificate, loopback: x509.Certificate) -> None:
         if _is_new(self.ledger.server, server):
             self._save(self.ledger.with_server(describe(server), describe(loopback), self.now))
-        self.written.append(COORDINATOR)
+        self._note(COORDINATOR)
 
     def _enter_site(self, site: StudySite, certificate: x509.Certificate) -> None:
         known, issued = self.ledger.site(site.name), describe(certificate)
@@ -393,7 +252,11 @@ class _Office:
             entered = known.renewed(issued, self.now) if _is_new(known, certificate) else known
         about = {"institution": site.institution, "contact": site.contact, "key_source": site.key_source}
         self._save(self.ledger.with_site(entered.model_copy(update=about)))
-        self.written.append(site.name)
+        self._note(site.name)
+
+    def _note(self, name: str) -> None:
+        if name not in self.written:
+            self.written.append(name)
 
     def _save(self, ledger: Ledger) -> None:
         self.ledger = ledger
@@ -451,10 +314,6 @@ def _keys_in(folder: Path, *names: str) -> dict[str, bytes]:
 
 def _is_new(known: IssuedCertificate | None, certificate: x509.Certificate) -> bool:
     return known is None or int(known.serial, 16) != certificate.serial_number
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names) if names else "none"
 
 
 def _sha256(content: bytes) -> str:

@@ -18,6 +18,8 @@ from fedseg.kit import Name
 
 Line = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x7f]+$")]
 """A text in one line; it may become a part of a certificate's name."""
+FileName = Annotated[str, Field(min_length=1, pattern=r"^[^\x00-\x1f\x7f]+$")]
+"""A path relative to the study file."""
 KeySource = Literal["made here", "public key", "CSR"]
 
 COORDINATOR = "coordinator"
@@ -67,9 +69,9 @@ class StudySite(Section):
     """Its full name."""
     contact: Line | None = None
     """Whom to call there."""
-    public_key: str | None = None
+    public_key: FileName | None = None
     """File with the hospital's own public key, relative to the study file; absent: a key is made for it."""
-    csr: str | None = None
+    csr: FileName | None = None
     """File with its certificate request (PKCS#10). Only its key is used, and only if it signed the request."""
 
     @model_validator(mode="after")
@@ -91,7 +93,7 @@ class StudyConfig(Section):
 
     name: Name
     """Name of the study; letters, digits, `.`, `_`, `-`."""
-    experiment: str
+    experiment: FileName
     """Experiment file, relative to the study file."""
     valid_days: Annotated[PositiveInt, Field(le=3650)] = 365
     """Days for which certificates of the server and of sites are valid."""
@@ -140,6 +142,11 @@ def load_study(path: Path) -> Study:
             keys[site.name] = read_public_key(path.parent / site.public_key)
         if site.csr is not None:
             keys[site.name] = read_request(path.parent / site.csr)
+    owners: dict[bytes, str] = {}
+    for name, key in keys.items():
+        point = key.public_bytes(serialization.Encoding.X962, serialization.PublicFormat.UncompressedPoint)
+        if owners.setdefault(point, name) != name:
+            raise ConfigError(f"{path}: {owners[point]} and {name} have one key; each hospital needs a key of its own")
     return Study(config, experiment.read_bytes(), weights, keys)
 
 

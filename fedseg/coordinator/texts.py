@@ -94,22 +94,46 @@ The folder `authority` stays in the office; it does not belong on this machine.
 
 
 def site_toml(name: str) -> bytes:
-    """The template of the site file."""
-    return f"""# What this hospital decides. Nothing in this file leaves the hospital. Relative folders start at this file.
-name = {json.dumps(name)}  # as in the certificate: do not change it
+    """The template of the site file: every key of `SiteConfig` and `Policy`, with its default."""
+    return _SITE_TOML.replace("NAME", json.dumps(name)).encode()
 
-# Folder with the cases, Decathlon (`dataset.json`) or images and labels; `fedseg data check FOLDER` says whether it can be used.
+
+_SITE_TOML = r"""# What this hospital decides. Nothing in this file leaves the hospital. Relative folders start at this file.
+# A key behind a # has the value that stands there; where the value is an example, the comment says so.
+name = NAME                   # as in the certificate: do not change it
+
+# The folder with the cases, Decathlon (`dataset.json`) or images and labels. `fedseg data check FOLDER` says whether it can be
+# used. This is the one line that must be filled in; the value is an example.
 # data = "/data/liver"
 
-# Folder for preprocessed volumes, as confidential as the volumes.
-cache = "cache"
-# Folder for the tensors that stay here. Nothing can rebuild it: back it up.
-state = "state"
-# cpu, cuda, cuda:1, ... or auto: a GPU if there is one.
-device = "auto"
+cache = "cache"               # preprocessed volumes, as confidential as the volumes
+state = "state"               # what only this site has: private tensors, the log of all requests. Back it up
+device = "auto"               # cpu, cuda, cuda:1, ... or auto: a GPU if there is one
+# threads = 1                 # CPU threads for the network
+# socket = "site.sock"        # UNIX socket between gate and site service
+# key = "site.key"            # private key of this kit, with which the site signs its data manifest
+# largest_request = 4096      # megabytes that one request of the coordinator may have
+# cases = ["case_001"]        # example: use only these; without it, all
 
-# Which cases belong to one person, so that nobody is in training and validation. Without this, each case is a person.
+# Which cases belong to one person, so that nobody is in training and validation. Without it, each case is a person; an example:
 # [person]
-# kind = "pattern"          # or "pairs", or "column" with `file`, `case_column` and `person_column`
-# pattern = "(sub-\\\\d+)"
-""".encode()
+# kind = "pattern"            # or "pairs", or "column" with `file`, `case_column` and `person_column`
+# pattern = "(sub-\\d+)"      # the group in brackets is the person
+
+# What this hospital allows, whatever the coordinator asks for.
+[policy]
+max_local_epochs = 10         # passes over the training cases in one round
+max_minutes = 240.0           # longest time of one request; then it is cancelled
+min_cases = 5                 # with fewer usable training cases nothing is trained
+min_validation_cases = 3      # with fewer validation cases no sum of metrics leaves
+tensors = ["*"]               # patterns for the names of tensors that may leave
+max_megabytes = 200.0         # largest update
+# models = ["mlru++"]         # example: networks that may be trained; without it, all that `fedseg models` lists
+# labels = ["liver"]          # example: structures whose metrics may leave; without it, all of the study
+# metrics = ["dice"]          # example: of dice, hd95, surface_dice, failures, loss, steps, seconds, data_seconds, quarantined
+#                             # those that may leave; without it, all of them
+# max_clip_norm = 1.0         # example: the study must clip updates to this norm at most; without it, it need not
+# min_noise_multiplier = 0.5  # example: the study must add at least this much noise; without it, it need not
+# max_rounds = 200            # example: requests of one study that are answered; without it, no limit
+# hours = ["Mo-Fr 18:00-06:00", "Sa-Su 00:00-24:00"]  # example: when a request may begin; without it, always
+"""

@@ -61,7 +61,7 @@ def test_a_second_run_changes_nothing(study):
 def test_a_new_site_leaves_the_other_kits_and_the_authority_as_they_are(study):
     study.provision()
     before = contents(study.kits)
-    assert study.provision("Aare", "Elbe", "Loire", days=10).written == ("coordinator", "Loire")
+    assert study.provision("Aare", "Elbe", "Loire", days=10).written == ("Loire", "coordinator")
     after = contents(study.kits)
     changed = {name for name in before if after[name] != before[name]}
     coordinators = {"sites.json", "nginx.conf", "manifest.json", "manifest.sig"}
@@ -74,7 +74,7 @@ def test_a_renewed_site_gets_new_keys_and_its_old_certificate_is_revoked(study):
     study.provision()
     before = contents(study.kits)
     old = load_roster(study.coordinator / "sites.json").sites[0]
-    assert study.provision(days=300, renew=["Aare"]).written == ("coordinator", "Aare")
+    assert study.provision(days=300, renew=["Aare"]).written == ("Aare", "coordinator")
     new = load_roster(study.coordinator / "sites.json").sites[0]
     assert new.name == old.name == "Aare"
     assert new.serial != old.serial
@@ -138,7 +138,7 @@ def test_what_changed_for_everybody_is_refused_until_all_kits_are_updated(study)
     before, experiment = contents(study.kits), study.folder / "experiment.toml"
     experiment.write_text(experiment.read_text().replace("rounds = 2", "rounds = 3"))
     study.write("Aare", "Elbe", port="9443")
-    with pytest.raises(ConfigError, match=r"host and port and experiment changed.*--update"):
+    with pytest.raises(ConfigError, match=r"host and port and the experiment changed.*--update"):
         study.provision()
     assert contents(study.kits) == before
     done = study.provision(update=True, app=study.app)
@@ -165,7 +165,7 @@ def test_another_name_of_the_server_needs_another_certificate(study):
     [
         ({"renew": ["Rhone"]}, "--renew Rhone: the study file has no such site; it has Aare, Elbe"),
         ({"revoke": ["Rhone"]}, "--revoke Rhone: no such site has a kit; sites with a kit: Aare, Elbe"),
-        ({"revoke": ["coordinator"]}, "use --renew coordinator instead"),
+        ({"revoke": ["coordinator"]}, "use --renew coordinator"),
         ({"renew": ["Aare"], "revoke": ["Aare"]}, "--renew alone revokes the old certificate"),
     ],
 )
@@ -210,7 +210,7 @@ def test_a_kit_that_was_handed_over_and_deleted_is_not_made_again(study):
     assert study.provision(days=1).written == ()
     with pytest.raises(KitError, match="Aare: is missing; bring it back, or add --renew Aare"):
         study.provision(update=True, app=study.app)
-    assert study.provision(renew=["Aare"]).written == ("coordinator", "Aare")
+    assert study.provision(renew=["Aare"]).written == ("Aare", "coordinator")
 
 
 def test_changed_files_of_the_coordinator_are_put_right_not_signed(study):
