@@ -96,9 +96,10 @@ def images(path: Path) -> dict[str, str]:
 
 def test_only_nginx_is_reached_from_outside():
     outside = {name: service["ports"] for name, service in EVERY if "ports" in service}
-    assert outside.pop("coordinator/coordinator") == ["443:443"]
+    assert outside.pop("coordinator/network") == ["443:443"]
     assert all(port.startswith("127.0.0.1:") for ports in outside.values() for port in ports)
-    assert dict(EVERY)["coordinator/nginx"]["network_mode"] == "service:coordinator"
+    for name in ("coordinator", "nginx"):
+        assert dict(EVERY)[f"coordinator/{name}"]["network_mode"] == "service:network"
 
 
 @pytest.mark.parametrize(("name", "service"), [item for item in EVERY if "build" in item[1]])

@@ -64,3 +64,13 @@ def test_the_gate_asks_for_what_the_library_asks_for_less_training():
     library = set(map(Requirement, project["dependencies"]))
     assert gate == {str(r) for r in library if r.name not in TRAINING_ONLY}
     assert {r.name for r in library} >= TRAINING_ONLY
+
+
+@pytest.mark.parametrize("path", [p for p in DOCKERFILES if p.suffix != ".gate"], ids=lambda path: path.suffix[1:])
+def test_torch_comes_first_in_the_pinned_version_from_a_named_index(path: Path):
+    instructions = dockerfile(path)
+    (torch,) = [n for n, i in enumerate(instructions) if i.word == "RUN" and "^torch==" in i.rest]
+    assert '--index-url "${TORCH_INDEX}"' in instructions[torch].rest
+    installs = [n for n, i in enumerate(instructions) if i.word == "RUN" and "install" in i.rest and "pip" in i.rest]
+    assert installs[0] == torch
+    assert any(line.startswith("torch==") for line in (PROJECT / "constraints.txt").read_text().splitlines())
