@@ -308,23 +308,32 @@ def check_key(path: Path, certificate: Path) -> None:
         KitError: names what is wrong and the command that mends it.
     """
     content = read(path, f"put the private key of {certificate.name} there, in PEM, and `chmod 600` it")
-    status = path.stat()
-    # a secret that the system mounts belongs to root, and its group is that of the service
-    forbidden = 0o077 if status.st_uid != 0 else 0o037
-    if status.st_mode & forbidden:
-        mode = oct(status.st_mode & 0o777)[2:]
-        raise KitError(
-            f"{path}: others can read this private key (mode {mode}); run: chmod 600 {shlex.quote(str(path))}"
-        )
+    check_closed(path)
+    quoted = shlex.quote(str(path))
+    if b"BEGIN OPENSSH PRIVATE KEY" in content:
+        raise KitError(f"{path}: is in the format of OpenSSH, not PKCS#8; run: ssh-keygen -p -m PKCS8 -f {quoted}")
     try:
         key = serialization.load_pem_private_key(content, None)
     except TypeError:
-        quoted = shlex.quote(str(path))
         raise KitError(f"{path}: has a passphrase; run: openssl pkey -in {quoted} -out open.key") from None
     except (ValueError, UnsupportedAlgorithm):
         raise KitError(f"{path}: is not a private key in PEM; {_ASK}") from None
     if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != _public_key(certificate):
         raise KitError(f"{path}: is not the key of {certificate.name}; put the key there for which it was issued")
+
+
+def check_closed(path: Path) -> None:
+    """See that only its owner can read a private key.
+
+    Raises:
+        KitError: names the command that mends it.
+    """
+    status = path.stat()
+    # a secret that the system mounts belongs to root, and its group is that of the service
+    forbidden = 0o077 if status.st_uid != 0 else 0o037
+    if status.st_mode & forbidden:
+        mode, command = f"{status.st_mode & 0o777:o}", f"chmod 600 {shlex.quote(str(path))}"
+        raise KitError(f"{path}: others can read this private key (mode {mode}); run: {command}")
 
 
 def parse_document(kind: type[S], content: bytes, path: Path) -> S:

@@ -16,7 +16,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedseg.coordinator.study import CoordinatorConfig
 from fedseg.errors import KitError
-from fedseg.kit import IssuedCertificate, check_key, load_certificate, load_signing_key, read
+from fedseg.kit import IssuedCertificate, check_closed, check_key, load_certificate, load_signing_key, read
 
 Validity = tuple[datetime, datetime]
 
@@ -128,6 +128,7 @@ def load_authority(folder: Path) -> Authority:
             "again in another folder, with new kits for everybody"
         )
     check_key(folder / "ca.key", folder / "ca.crt")
+    check_closed(folder / "signing.key")
     key = serialization.load_pem_private_key(read(folder / "ca.key"), None)
     assert isinstance(key, ec.EllipticCurvePrivateKey)
     try:

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import glob
 import hashlib
 import os
 import shutil
@@ -34,10 +35,11 @@ def locked(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise KitError(f"{folder}: cannot be written: {error.strerror}") from error
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise KitError(f"{folder}: another `fedseg provision` is at work there; wait until it has ended") from None
         yield
-    except BlockingIOError:
-        raise KitError(f"{folder}: another `fedseg provision` is at work there; wait until it has ended") from None
     finally:
         os.close(descriptor)
 
@@ -122,6 +124,9 @@ def refresh_kit(
     Returns:
         Whether anything did.
     """
+    for name in (*files, "manifest.json", "manifest.sig"):
+        for stale in (target / name).parent.glob(f".{glob.escape(Path(name).name)}.*.part"):
+            stale.unlink()
     wanted = _manifest(config, files, now)
     changed = [name for name, entry in wanted.files.items() if _sha256_or_none(target / name) != entry.sha256]
     for name in changed:
@@ -155,6 +160,20 @@ def write_zip(folder: Path) -> None:
         os.fsync(file.fileno())
     aside.replace(target)
     sync_directory(target.parent)
+
+
+def refresh_zip(folder: Path) -> None:
+    """Pack a kit again if its zip, where there is one, holds another version of it."""
+    packed = folder.with_name(f"{folder.name}.zip")
+    if not packed.is_file() or not (folder / "manifest.json").is_file():
+        return
+    try:
+        with zipfile.ZipFile(packed) as archive:
+            current = archive.read(f"{folder.name}/manifest.json") == (folder / "manifest.json").read_bytes()
+    except (zipfile.BadZipFile, KeyError):
+        current = False
+    if not current:
+        write_zip(folder)
 
 
 def _manifest(config: KitConfig, files: Mapping[str, Content], now: datetime) -> Manifest:

@@ -25,7 +25,16 @@ from fedseg.coordinator.authority import (
 from fedseg.coordinator.bundle import app_bundle, bundled_files
 from fedseg.coordinator.conflicts import Wishes, refuse_conflicts
 from fedseg.coordinator.contents import Contents
-from fedseg.coordinator.folders import Content, locked, recover, refresh_kit, write_folder, write_kit, write_zip
+from fedseg.coordinator.folders import (
+    Content,
+    locked,
+    recover,
+    refresh_kit,
+    refresh_zip,
+    write_folder,
+    write_kit,
+    write_zip,
+)
 from fedseg.coordinator.ledger import Ledger, LedgerSite, document, load_ledger, save_ledger
 from fedseg.coordinator.study import COORDINATOR, Study, StudySite, load_study
 from fedseg.errors import ConfigError, KitError
@@ -212,6 +221,8 @@ class _Office:
         files = self._coordinator_files(*(load_certificate(folder / name) for name in ("server.crt", "loopback.crt")))
         if refresh_kit(folder, self.contents.config(None), files, self.contents.authority, self.now):
             self._note(COORDINATOR)
+        for kit in (folder, *(self._kit_of(site.name) for site in self.ledger.sites)):
+            refresh_zip(kit)
 
     def _refresh_revocations(self) -> None:
         path, revoked = self.folder / "authority" / "crl.pem", self.ledger.revoked()

@@ -32,7 +32,7 @@ class Studies:
         self.now = NOW
         (folder / "experiment.toml").write_text(EXPERIMENT)
         with zipfile.ZipFile(self.app, "w") as bundle:
-            bundle.writestr("client/app.py", "app = 1\n")
+            bundle.writestr(zipfile.ZipInfo("client/app.py"), "app = 1\n")  # the same bytes whenever
 
     def write(self, *sites, study=STUDY, **settings):
         """Write the study file; a site is a name or a dictionary."""
