@@ -60,6 +60,8 @@ def _explain(done: "Provisioned") -> "Iterator[Table | str]":
         yield f"{escape(str(done.folder))}: nothing to do, every kit is there"
     else:
         table = Table("kit", "zip", "private key", title=f"Kits written for {escape(done.ledger.study)}")
+        for column in table.columns:
+            column.overflow = "fold"
         for name in done.written:
             site = done.ledger.site(name)
             folder = done.folder / (name if site is None else f"sites/{name}")
@@ -82,6 +84,7 @@ def _standing(ledger: "Ledger", now: datetime) -> "Table":
     table = Table(
         "who", "key", "serial", "expires", "days left", "revoked", title=f"Certificates of {escape(ledger.study)}"
     )
+    table.columns[0].overflow = table.columns[2].overflow = "fold"
     rows = [("server", "made here", ledger.server), ("loopback", "made here", ledger.loopback)]
     rows += [(site.name, site.key_source, site) for site in ledger.sites]
     for who, key, certificate in rows:

@@ -54,7 +54,7 @@ For {institution or config.site}: what one machine in your hospital needs to tak
 3. Three commands:
 
        fedseg site check .             # kit, data, policy and the way to the coordinator
-       fedseg site approve app.fab     # a person has read the code that will run
+       fedseg site approve app.fab     # somebody here has read the code that will run; --show prints it
        fedseg site start .
 
 SHA-256 of `app.fab`, the code that will run: `{app_sha256}`
@@ -76,7 +76,7 @@ Sites connect to `{config.coordinator}`. Fingerprint of the key that signs all k
 
 Hospitals call to compare it: let it be answered from the office, not from this folder.
 
-    fedseg server start .
+    fedseg server start .       # --fence: and nginx, too
     fedseg server status .
     fedseg server stop .
 
