@@ -10,6 +10,7 @@ line. A log that ends in any other way than its head says is not continued.
 """
 
 import fcntl
+import glob
 import hashlib
 import json
 import math
@@ -103,6 +104,8 @@ class AuditLog:
 
     def _settled(self, log: int) -> Head:
         """The end of the log, after what a crash may have left behind."""
+        for leftover in self.path.parent.glob(f".{glob.escape(self.path.name)}.*.part"):
+            leftover.unlink(missing_ok=True)  # of a process that was killed while it wrote
         size = os.fstat(log).st_size
         head = read_head(self.path)
         if head is None:

@@ -204,7 +204,7 @@ def test_a_process_killed_at_any_point_leaves_a_log_that_holds_together_and_goes
     assert count - 2 <= there <= count
     assert [entry.seq for entry in write(path, 2)] == [there + 1, there + 2]
     assert verify(path).problem is None
-    assert not list(tmp_path.glob("*.torn-*"))
+    assert {file.name for file in tmp_path.iterdir()} == {"audit.jsonl", "audit.jsonl.head"}
 
 
 def announced(path):

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from datetime import datetime
 
 import numpy as np
@@ -94,6 +96,12 @@ def same(found, expected):
 @pytest.mark.parametrize("rule", Policy.model_fields)
 def test_every_rule_of_the_policy_is_enforced(rule):
     ENFORCED[rule]()
+
+
+def test_policy_log_and_manifest_do_not_wait_for_torch():
+    code = "import sys, fedseg.site.policy, fedseg.site.audit, fedseg.site.manifest, fedseg.cli.site_audit as _; "
+    code += "sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_a_hospital_without_a_policy_lets_an_ordinary_study_pass():
