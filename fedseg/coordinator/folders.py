@@ -7,7 +7,7 @@ import hashlib
 import os
 import shutil
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 
@@ -75,19 +75,25 @@ def write_folder(target: Path, files: Mapping[str, Content], private: Mapping[st
         _finish(old, target)
 
 
-def recover(folder: Path) -> None:
-    """Undo or complete what a killed run left in a folder of folders."""
-    for old in folder.glob(".*.old"):
-        target = folder / old.name.removeprefix(".").removesuffix(".old")
+def recover(target: Path) -> None:
+    """Undo or complete what a killed run left of a folder and its zip."""
+    old, aside = _old(target), target.with_name(f".{target.name}.part")
+    if old.exists():
         if target.exists():
             _finish(old, target)
         else:
             old.rename(target)
-    for aside in folder.glob(".*.part"):
-        if aside.is_dir():
-            shutil.rmtree(aside)
-        else:
-            aside.unlink()
+    if aside.exists():
+        shutil.rmtree(aside)
+    target.with_name(f".{target.name}.zip.part").unlink(missing_ok=True)
+
+
+def remove_parts(folder: Path, names: Iterable[str]) -> None:
+    """Remove what a killed run left of files that are written durably."""
+    for name in names:
+        path = folder / name
+        for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+            part.unlink()
 
 
 def write_kit(
@@ -124,9 +130,7 @@ def refresh_kit(
     Returns:
         Whether anything did.
     """
-    for name in (*files, "manifest.json", "manifest.sig"):
-        for stale in (target / name).parent.glob(f".{glob.escape(Path(name).name)}.*.part"):
-            stale.unlink()
+    remove_parts(target, (*files, "manifest.json", "manifest.sig"))
     wanted = _manifest(config, files, now)
     changed = [name for name, entry in wanted.files.items() if _sha256_or_none(target / name) != entry.sha256]
     for name in changed:

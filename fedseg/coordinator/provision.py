@@ -1,7 +1,7 @@
 """From a study file to a kit for every machine; run again to add, renew and revoke."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -22,6 +22,7 @@ from fedseg.coordinator.authority import (
     new_key,
     public_pem,
 )
+from fedseg.coordinator.authority import FILES as AUTHORITY_FILES
 from fedseg.coordinator.bundle import app_bundle, bundled_files
 from fedseg.coordinator.conflicts import Wishes, refuse_conflicts
 from fedseg.coordinator.contents import Contents
@@ -31,6 +32,7 @@ from fedseg.coordinator.folders import (
     recover,
     refresh_kit,
     refresh_zip,
+    remove_parts,
     write_folder,
     write_kit,
     write_zip,
@@ -41,6 +43,7 @@ from fedseg.errors import ConfigError, KitError
 from fedseg.federated.checkpoint import write_durably
 from fedseg.kit import IssuedCertificate, load_certificate
 
+AUTHORITY = "authority"
 WARN_DAYS = 30
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 
@@ -81,19 +84,30 @@ def provision(
 
     Raises:
         ConfigError: the study or what it refers to is wrong, or it no longer fits the kits.
-        KitError: authority or kits are damaged.
+        KitError: authority or kits are damaged, or cannot be written.
     """
-    study, wishes = load_study(study_file), Wishes(renew, revoke, update)
+    try:
+        return _provision(study_file, folder, app, Wishes(renew, revoke, update), now)
+    except OSError as error:
+        place = error.filename or folder
+        raise KitError(f"{place}: {error.strerror}; mend that, then give the same command again") from error
+
+
+def _provision(study_file: Path, folder: Path, app: Path | None, wishes: Wishes, now: datetime) -> Provisioned:
+    study = load_study(study_file)
     with locked(folder):
-        for place in (folder, folder / "sites", folder / "authority"):
-            recover(place)
-        bundle = _app_bundle(folder, app, update)
+        for name in (AUTHORITY, COORDINATOR):
+            recover(folder / name)
+        remove_parts(folder / AUTHORITY, AUTHORITY_FILES)
+        bundle = _app_bundle(folder, app, wishes.update)
         authority, ledger = _open_or_create(folder, study, bundle, now)
+        for name in {*(site.name for site in study.config.sites), *(site.name for site in ledger.sites)}:
+            recover(folder / "sites" / name)
         contents = Contents(study, authority, bundle)
         warnings = refuse_conflicts(folder, contents, ledger, wishes)
         office = _Office(folder, contents, ledger, now)
         office.adopt()
-        office.revoke(revoke)
+        office.revoke(wishes.revoke)
         office.make_coordinator(wishes)
         for site in study.config.sites:
             office.make_site(site, wishes)
@@ -108,8 +122,8 @@ def standing(folder: Path, now: datetime) -> tuple[Ledger, list[str]]:
     Raises:
         KitError: there is no authority in the folder, or it is damaged.
     """
-    authority = load_authority(folder / "authority")
-    ledger = load_ledger(folder / "authority" / "roster.json")
+    authority = load_authority(folder / AUTHORITY)
+    ledger = load_ledger(folder / AUTHORITY / "roster.json")
     return ledger, expiry_warnings(ledger, authority.not_after, now)
 
 
@@ -158,7 +172,7 @@ class _Office:
                 write_zip(self._kit_of(site.name))
                 self._enter_site(site, certificate)
 
-    def revoke(self, names: Sequence[str]) -> None:
+    def revoke(self, names: Collection[str]) -> None:
         """Admit sites no more."""
         for name in names:
             site = self.ledger.site(name)
@@ -171,6 +185,7 @@ class _Office:
         if self.ledger.server is not None and not (renew or wishes.update):
             return
         if self.ledger.server is None or renew:
+            _refuse_strangers(folder, self.ledger.server)
             authority, coordinator = self.contents.authority, self.contents.study.config.coordinator
             key, loopback_key = new_key(), new_key()
             organisation, validity = coordinator.organisation, self._validity()
@@ -189,6 +204,7 @@ class _Office:
         known, folder, contents = self.ledger.site(site.name), self._kit_of(site.name), self.contents
         private: dict[str, bytes] = {}
         if known is None or site.name in wishes.renew:
+            _refuse_strangers(folder, known)
             key: ec.EllipticCurvePublicKey | None = contents.study.public_keys.get(site.name)
             if key is None:
                 made = new_key()
@@ -225,7 +241,7 @@ class _Office:
             refresh_zip(kit)
 
     def _refresh_revocations(self) -> None:
-        path, revoked = self.folder / "authority" / "crl.pem", self.ledger.revoked()
+        path, revoked = self.folder / AUTHORITY / "crl.pem", self.ledger.revoked()
         listed = {f"{entry.serial_number:x}" for entry in x509.load_pem_x509_crl(path.read_bytes())}
         if listed != {certificate.serial for certificate in revoked}:
             self._save(self.ledger.model_copy(update={"crl_number": self.ledger.crl_number + 1}))
@@ -233,7 +249,7 @@ class _Office:
             write_durably(path, crl)
 
     def _coordinator_files(self, server: x509.Certificate, loopback: x509.Certificate) -> dict[str, Content]:
-        crl = (self.folder / "authority" / "crl.pem").read_bytes()
+        crl = (self.folder / AUTHORITY / "crl.pem").read_bytes()
         return self.contents.of_coordinator(self.ledger, server, loopback, crl, self.now)
 
     def _validity(self) -> Validity:
@@ -271,17 +287,17 @@ class _Office:
 
     def _save(self, ledger: Ledger) -> None:
         self.ledger = ledger
-        save_ledger(self.folder / "authority" / "roster.json", ledger)
+        save_ledger(self.folder / AUTHORITY / "roster.json", ledger)
 
 
 def _open_or_create(folder: Path, study: Study, app: bytes, now: datetime) -> tuple[Authority, Ledger]:
-    place = folder / "authority"
+    place = folder / AUTHORITY
     if place.exists():
         authority = load_authority(place)
         if authority.not_after <= now:
             raise KitError(f"{place}: has expired; start again in another folder, with new kits for everybody")
         return authority, load_ledger(place / "roster.json")
-    orphans = [path for path in (folder / COORDINATOR, folder / "sites") if path.exists()]
+    orphans = [*folder.glob(f"{COORDINATOR}/server.crt"), *folder.glob("sites/*/site.crt")]
     if orphans:
         raise KitError(
             f"{place}: is missing, but there is {orphans[0]}; bring it back from a backup, or use another folder"
@@ -317,6 +333,11 @@ def _app_bundle(folder: Path, app: Path | None, update: bool) -> bytes:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}; --app names an app bundle") from error
     bundled_files(content, str(path))
     return content
+
+
+def _refuse_strangers(folder: Path, known: IssuedCertificate | None) -> None:
+    if known is None and folder.exists():
+        raise KitError(f"{folder}: is there already, and is no kit of this study; move it away, or use another folder")
 
 
 def _keys_in(folder: Path, *names: str) -> dict[str, bytes]:

@@ -5,6 +5,7 @@ from datetime import timedelta
 import pytest
 
 from fedseg.config import load_experiment
+from fedseg.coordinator.folders import locked
 from fedseg.coordinator.provision import standing
 from fedseg.errors import ConfigError, FedsegError, KitError
 from fedseg.kit import load_kit, load_roster
@@ -224,3 +225,42 @@ def test_changed_files_of_the_coordinator_are_put_right_not_signed(study):
     assert study.provision().written == ("coordinator",)
     assert load_kit(study.coordinator)
     assert load_roster(roster).sites[0].certificate_sha1 != "0" * 40
+
+
+def test_folders_that_are_no_kits_are_left_alone(study):
+    for name in ("coordinator", "sites/Aare"):
+        place = study.kits / name
+        place.mkdir(parents=True)
+        (place / "site.toml").write_text("somebody's")
+        hidden = study.kits / ".other.old"
+        hidden.mkdir(exist_ok=True)
+        with pytest.raises(KitError, match=f"{name}: is there already, and is no kit of this study"):
+            study.provision(app=study.app)
+        assert (place / "site.toml").read_text() == "somebody's"
+        assert hidden.exists()
+        (place / "site.toml").unlink()
+        place.rmdir()
+    assert study.provision(app=study.app).written == ("Aare", "Elbe", "coordinator")
+
+
+def test_two_provisionings_at_once_are_refused(study):
+    with locked(study.kits), pytest.raises(KitError, match="another `fedseg provision` is at work there"):
+        study.provision()
+    assert study.provision().written
+
+
+def test_a_folder_that_cannot_be_written_is_a_readable_error(study):
+    study.kits.write_text("a file")
+    with pytest.raises(KitError, match="kits: cannot be written"):
+        study.provision()
+
+
+def test_disturbed_writing_is_a_readable_error_and_can_be_repeated(study):
+    study.provision()
+    blocked = study.kits / "sites" / "Loire.zip"
+    blocked.mkdir()
+    with pytest.raises(KitError, match=r"Loire\.zip.*give the same command again"):
+        study.provision("Aare", "Elbe", "Loire")
+    blocked.rmdir()
+    assert study.provision().written == ("Loire", "coordinator")
+    assert load_kit(study.site("Loire"))
