@@ -11,7 +11,6 @@ import base64
 import binascii
 import hashlib
 import ipaddress
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -21,10 +20,12 @@ from typing import Annotated, Literal, Self, TypeVar
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from cryptography.hazmat.primitives.asymmetric import ed25519
 from pydantic import AwareDatetime, Field, field_validator, model_validator
 
 from fedseg.config import Section, load_section, validate_section
+from fedseg.credentials import ASK, check_key, fingerprint, load_certificate, load_signing_key, read
+from fedseg.credentials import certificate_days_left as certificate_days_left
 from fedseg.errors import ConfigError, KitError
 
 S = TypeVar("S", bound=Section)
@@ -46,8 +47,6 @@ KEYS: Mapping[Role, Mapping[str, str]] = {
     "coordinator": {"server.key": "server.crt", "loopback.key": "loopback.crt"},
 }
 """Private keys and their certificates. No manifest lists keys: a hospital may bring its own."""
-
-_ASK = "unpack the kit again, or ask the coordinator for a new one"
 
 
 class KitConfig(Section):
@@ -129,11 +128,13 @@ class IssuedCertificate(Section):
         return text
 
 
-class RosterSite(IssuedCertificate):
-    """A site that may connect, or may no longer."""
-
+class _Named(Section):
     name: Name
     institution: str | None = None
+
+
+class RosterSite(IssuedCertificate, _Named):
+    """A site that may connect, or may no longer."""
 
 
 class Roster(Section):
@@ -217,10 +218,10 @@ def load_kit(folder: Path, *, with_keys: bool = True) -> Kit:
         _check_listed(folder, name, entry, manifest.role)
     lacking = [name for name in FILES[manifest.role] if name not in manifest.files]
     if lacking:
-        raise KitError(f"{folder / 'manifest.json'}: does not list {', '.join(lacking)}; {_ASK}")
+        raise KitError(f"{folder / 'manifest.json'}: does not list {', '.join(lacking)}; {ASK}")
     config = load_section(KitConfig, folder / "kit.toml")
     if (config.study, config.role, config.site) != (manifest.study, manifest.role, manifest.site):
-        raise KitError(f"{folder / 'kit.toml'}: is of another kit than manifest.json; {_ASK}")
+        raise KitError(f"{folder / 'kit.toml'}: is of another kit than manifest.json; {ASK}")
     _check_certificates(folder, config)
     if with_keys:
         for key, certificate in KEYS[config.role].items():
@@ -236,26 +237,6 @@ def load_roster(path: Path) -> Roster:
         KitError: it is missing or cannot be read.
     """
     return parse_document(Roster, read(path), path)
-
-
-def certificate_days_left(path: Path, now: datetime) -> float:
-    """Days until a certificate expires; negative afterwards.
-
-    Args:
-        path: a PEM certificate.
-        now: an aware time.
-
-    Raises:
-        KitError: it is not a readable certificate.
-    """
-    return (load_certificate(path).not_valid_after_utc - now).total_seconds() / 86400
-
-
-def fingerprint(key: ed25519.Ed25519PublicKey) -> str:
-    """`SHA256:` and the hash of the DER public key, in groups that can be read aloud."""
-    der = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
-    digits = hashlib.sha256(der).hexdigest()
-    return "SHA256:" + "-".join(digits[start : start + 4] for start in range(0, len(digits), 4))
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -274,88 +255,12 @@ def split_address(address: str) -> tuple[str, int]:
     return bare, int(port)
 
 
-def load_signing_key(path: Path) -> ed25519.Ed25519PublicKey:
-    """Read `signing.pub`.
-
-    Raises:
-        KitError: it is not an Ed25519 key in PEM.
-    """
-    try:
-        key = serialization.load_pem_public_key(read(path))
-    except (ValueError, UnsupportedAlgorithm):
-        key = None
-    if not isinstance(key, ed25519.Ed25519PublicKey):
-        raise KitError(f"{path}: is not an Ed25519 public key in PEM; {_ASK}")
-    return key
-
-
-def load_certificate(path: Path) -> x509.Certificate:
-    """Read a PEM certificate.
-
-    Raises:
-        KitError: it is missing or is none.
-    """
-    try:
-        return x509.load_pem_x509_certificate(read(path))
-    except ValueError as error:
-        raise KitError(f"{path}: is not a certificate in PEM; {_ASK}") from error
-
-
-def check_key(path: Path, certificate: Path) -> None:
-    """See that a private key is closed to others and belongs to its certificate.
-
-    Raises:
-        KitError: names what is wrong and the command that mends it.
-    """
-    content = read(path, f"put the private key of {certificate.name} there, in PEM, and `chmod 600` it")
-    check_closed(path)
-    quoted = shlex.quote(str(path))
-    if b"BEGIN OPENSSH PRIVATE KEY" in content:
-        raise KitError(f"{path}: is in the format of OpenSSH, not PKCS#8; run: ssh-keygen -p -m PKCS8 -f {quoted}")
-    try:
-        key = serialization.load_pem_private_key(content, None)
-    except TypeError:
-        raise KitError(f"{path}: has a passphrase; run: openssl pkey -in {quoted} -out open.key") from None
-    except (ValueError, UnsupportedAlgorithm):
-        raise KitError(f"{path}: is not a private key in PEM; {_ASK}") from None
-    if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != _public_key(certificate):
-        raise KitError(f"{path}: is not the key of {certificate.name}; put the key there for which it was issued")
-
-
-def check_closed(path: Path) -> None:
-    """See that only its owner can read a private key.
-
-    Raises:
-        KitError: names the command that mends it.
-    """
-    status = path.stat()
-    # a secret that the system mounts belongs to root, and its group is that of the service
-    forbidden = 0o077 if status.st_uid != 0 else 0o037
-    if status.st_mode & forbidden:
-        mode, command = f"{status.st_mode & 0o777:o}", f"chmod 600 {shlex.quote(str(path))}"
-        raise KitError(f"{path}: others can read this private key (mode {mode}); run: {command}")
-
-
 def parse_document(kind: type[S], content: bytes, path: Path) -> S:
     """Validate JSON that was read from a file."""
     try:
         return validate_section(kind, content.decode(), source=str(path))
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: is not UTF-8 text: {error}") from error
-
-
-def read(path: Path, remedy: str = _ASK) -> bytes:
-    """Read a file of a kit.
-
-    Raises:
-        KitError: it is missing or cannot be read.
-    """
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise KitError(f"{path}: is missing; {remedy}") from None
-    except OSError as error:
-        raise KitError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _signed_manifest(folder: Path, signing_key: ed25519.Ed25519PublicKey) -> Manifest:
@@ -367,7 +272,7 @@ def _signed_manifest(folder: Path, signing_key: ed25519.Ed25519PublicKey) -> Man
             raise InvalidSignature from None
     except InvalidSignature:
         raise KitError(
-            f"{folder / 'manifest.json'}: was not signed with the key in signing.pub, or manifest.sig is damaged; {_ASK}"
+            f"{folder / 'manifest.json'}: was not signed with the key in signing.pub, or manifest.sig is damaged; {ASK}"
         ) from None
     return parse_document(Manifest, content, folder / "manifest.json")
 
@@ -378,16 +283,16 @@ def _check_listed(folder: Path, name: str, entry: FileEntry, role: Role) -> None
         role == "coordinator" and path.suffix == ".safetensors" and not path.is_absolute() and ".." not in path.parts
     )
     if name not in FILES[role] and not weights:
-        raise KitError(f"{folder / 'manifest.json'}: lists {name!r}, which no kit of a {role} has; {_ASK}")
+        raise KitError(f"{folder / 'manifest.json'}: lists {name!r}, which no kit of a {role} has; {ASK}")
     try:
         with (folder / path).open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError:
-        raise KitError(f"{folder / path}: is missing; {_ASK}") from None
+        raise KitError(f"{folder / path}: is missing; {ASK}") from None
     except (OSError, ValueError) as error:
-        raise KitError(f"{str(folder / path)!r}: cannot be read: {error}; {_ASK}") from error
+        raise KitError(f"{str(folder / path)!r}: cannot be read: {error}; {ASK}") from error
     if sha256 != entry.sha256:
-        raise KitError(f"{folder / path}: is not the file that the coordinator signed; {_ASK}")
+        raise KitError(f"{folder / path}: is not the file that the coordinator signed; {ASK}")
 
 
 def _check_certificates(folder: Path, config: KitConfig) -> None:
@@ -397,14 +302,7 @@ def _check_certificates(folder: Path, config: KitConfig) -> None:
         try:
             certificate.verify_directly_issued_by(authority)
         except (ValueError, TypeError, InvalidSignature):
-            raise KitError(f"{folder / name}: was not issued by ca.crt; {_ASK}") from None
+            raise KitError(f"{folder / name}: was not issued by ca.crt; {ASK}") from None
     names = [str(name.value) for name in certificate.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)]
     if config.role == "site" and names != [config.site]:
-        raise KitError(f"{folder / 'site.crt'}: names {', '.join(names) or 'nobody'}, kit.toml {config.site}; {_ASK}")
-
-
-def _public_key(certificate: Path) -> object:
-    try:
-        return load_certificate(certificate).public_key()
-    except (ValueError, UnsupportedAlgorithm):
-        raise KitError(f"{certificate}: has a key of an unknown kind; {_ASK}") from None
+        raise KitError(f"{folder / 'site.crt'}: names {', '.join(names) or 'nobody'}, kit.toml {config.site}; {ASK}")

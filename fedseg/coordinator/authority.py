@@ -15,8 +15,9 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedseg.coordinator.study import CoordinatorConfig
+from fedseg.credentials import check_closed, check_key, load_certificate, load_signing_key, read
 from fedseg.errors import KitError
-from fedseg.kit import IssuedCertificate, check_closed, check_key, load_certificate, load_signing_key, read
+from fedseg.kit import IssuedCertificate
 
 Validity = tuple[datetime, datetime]
 

@@ -107,6 +107,10 @@ def _check_site(folder: Path, site: StudySite, contents: Contents, ledger: Ledge
     if known.name != site.name:
         raise ConfigError(f"{site.name}: there is a kit of {known.name}; write the name as it was")
     if site.name in wishes.renew:
+        if known.revoked is not None and key == known.public_key:
+            raise ConfigError(
+                f"{site.name}: was revoked with this very key; a hospital that comes back needs a new one"
+            )
         return
     if known.revoked is not None:
         yield f"{site.name} is revoked; --renew {site.name} would admit it again"

@@ -13,7 +13,8 @@ from fedseg.coordinator.fence import nginx_configuration
 from fedseg.coordinator.folders import Content
 from fedseg.coordinator.ledger import Ledger, document
 from fedseg.coordinator.study import COORDINATOR, Study, StudySite
-from fedseg.kit import KitConfig, Role, fingerprint
+from fedseg.credentials import fingerprint
+from fedseg.kit import KitConfig, Role
 
 
 @dataclass(frozen=True)

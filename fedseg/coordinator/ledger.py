@@ -9,8 +9,9 @@ from pydantic import Field
 
 from fedseg.config import Section
 from fedseg.coordinator.study import KeySource
+from fedseg.credentials import read
 from fedseg.federated.checkpoint import write_durably
-from fedseg.kit import IssuedCertificate, Name, Roster, RosterSite, parse_document, read
+from fedseg.kit import IssuedCertificate, Name, Roster, RosterSite, parse_document
 
 
 class LedgerSite(RosterSite):

@@ -39,9 +39,10 @@ from fedseg.coordinator.folders import (
 )
 from fedseg.coordinator.ledger import Ledger, LedgerSite, document, load_ledger, save_ledger
 from fedseg.coordinator.study import COORDINATOR, Study, StudySite, load_study
+from fedseg.credentials import load_certificate
 from fedseg.errors import ConfigError, KitError
 from fedseg.federated.checkpoint import write_durably
-from fedseg.kit import IssuedCertificate, load_certificate
+from fedseg.kit import IssuedCertificate
 
 AUTHORITY = "authority"
 WARN_DAYS = 30
@@ -112,6 +113,8 @@ def _provision(study_file: Path, folder: Path, app: Path | None, wishes: Wishes,
         for site in study.config.sites:
             office.make_site(site, wishes)
         office.finish()
+    if authority.not_after < now + timedelta(days=study.config.valid_days):
+        warnings.append(f"no certificate lasts longer than the authority, which ends on {authority.not_after:%Y-%m-%d}")
     warnings += expiry_warnings(office.ledger, authority.not_after, now)
     return Provisioned(folder, tuple(office.written), office.ledger, tuple(warnings), contents.fingerprint)
 

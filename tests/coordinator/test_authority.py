@@ -12,7 +12,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedseg.coordinator.authority import certificate_pem, create_authority, key_pem, new_key
 from fedseg.coordinator.study import CoordinatorConfig
-from fedseg.kit import load_certificate
+from fedseg.credentials import load_certificate
 from tests.coordinator.studies import NOW
 
 

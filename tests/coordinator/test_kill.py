@@ -9,7 +9,8 @@ from datetime import timedelta
 import pytest
 
 from fedseg.coordinator.provision import standing
-from fedseg.kit import load_certificate, load_kit, load_roster
+from fedseg.credentials import load_certificate
+from fedseg.kit import load_kit, load_roster
 from tests.coordinator.studies import Studies, contents
 
 CONTEXT = multiprocessing.get_context("forkserver")

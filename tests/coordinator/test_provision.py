@@ -134,6 +134,21 @@ def test_certificates_that_expire_soon_are_warned_of(study):
     assert "has expired" in study.provision(days=366).warnings[0]
 
 
+def test_a_certificate_that_the_authority_cuts_short_is_warned_of(study):
+    study.provision()
+    warnings = study.provision(days=3400, renew=["Aare", "Elbe", "coordinator"]).warnings
+    assert [warning for warning in warnings if "no certificate lasts longer than the authority" in warning]
+    with pytest.raises(KitError, match="has expired; start again in another folder"):
+        study.provision(days=3651)
+
+
+def test_institutions_may_be_written_in_any_script(study):
+    study.provision({"name": "Aare", "institution": "Universitätsspital Zürich", "contact": "東京"})
+    assert "Universitätsspital Zürich" in (study.site("Aare") / "README.md").read_text()
+    assert load_roster(study.coordinator / "sites.json").sites[0].institution == "Universitätsspital Zürich"
+    assert load_kit(study.site("Aare"))
+
+
 def test_what_changed_for_everybody_is_refused_until_all_kits_are_updated(study):
     study.provision()
     before, experiment = contents(study.kits), study.folder / "experiment.toml"

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from fedseg.coordinator.authority import key_pem, new_key
 from fedseg.coordinator.study import load_study, read_public_key, read_request
+from fedseg.credentials import load_certificate
 from fedseg.errors import ConfigError, FedsegError
-from fedseg.kit import load_certificate, load_kit
+from fedseg.kit import load_kit
 from tests.coordinator.studies import STUDY
 
 PEM, DER, SSH = serialization.Encoding.PEM, serialization.Encoding.DER, serialization.Encoding.OpenSSH
@@ -67,6 +68,17 @@ def test_a_hospitals_own_key_stays_when_it_is_renewed(study):
     (study.folder / "aare.pub").write_bytes(public(new_key()))
     with pytest.raises(ConfigError, match="Aare: its key is another one than in its kit; add --renew Aare"):
         study.provision()
+
+
+def test_a_hospital_that_was_revoked_does_not_come_back_with_the_same_key(study):
+    (study.folder / "aare.pub").write_bytes(public(new_key()))
+    site = {"name": "Aare", "public_key": "aare.pub"}
+    study.provision(site)
+    study.provision(revoke=["Aare"])
+    with pytest.raises(ConfigError, match="Aare: was revoked with this very key"):
+        study.provision(renew=["Aare"])
+    (study.folder / "aare.pub").write_bytes(public(new_key()))
+    assert study.provision(renew=["Aare"]).written == ("Aare", "coordinator")
 
 
 def test_two_hospitals_cannot_have_one_key(study):
