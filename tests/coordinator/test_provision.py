@@ -279,3 +279,14 @@ def test_disturbed_writing_is_a_readable_error_and_can_be_repeated(study):
     blocked.rmdir()
     assert study.provision().written == ("Loire", "coordinator")
     assert load_kit(study.site("Loire"))
+
+
+def test_a_server_that_moves_gets_a_certificate_and_all_sites_its_new_address(study):
+    study.provision()
+    study.write("Aare", "Elbe", host='"fl.example.org"')
+    with pytest.raises(ConfigError, match="add --update"):
+        study.provision()
+    with pytest.raises(ConfigError, match="add --renew coordinator"):
+        study.provision(update=True, app=study.app)
+    study.provision(update=True, renew=["coordinator"], app=study.app)
+    assert {load_kit(study.site(name)).config.host for name in ("Aare", "Elbe")} == {"fl.example.org"}
