@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 
-.PHONY: help install demo test check fmt bench clean
+.PHONY: help install demo test check wire fmt bench clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -18,14 +18,17 @@ install: .venv/.dev ## Install the library with all extras and the developers' t
 demo: .venv/.base ## Simulate a small federation on phantoms: tables on the screen, pictures in runs/demo
 	.venv/bin/fedseg simulate simulations/demo.toml --output runs/demo --overwrite
 
-test: .venv/.dev ## Install, then run all tests
-	.venv/bin/pytest
+test: .venv/.dev ## Install, then run all tests, on two cores
+	.venv/bin/pytest -n 2 --dist loadfile
 
 check: .venv/.dev ## Lint, types, import contracts
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports
+
+wire: .venv/.dev ## Write the code that is generated from site.proto
+	.venv/bin/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. fedseg/site/wire/site.proto
 
 fmt: .venv/.dev ## Format the code
 	.venv/bin/ruff check --fix .

@@ -1,6 +1,7 @@
-"""The ClientApp: passes what the coordinator asks on to the site, and the site's answer back.
+"""The ClientApp: a gate. It passes what the coordinator asks on to the site service, and the service's answer back.
 
-The node configuration names the site file: `flower-supernode --node-config 'site="/etc/fedseg/site.toml"'`.
+It has the network and neither data nor torch; the site service has those and no network. The node configuration names the socket
+between them: `socket="/run/fedseg/site.sock"`.
 """
 
 from pathlib import Path
@@ -10,7 +11,7 @@ from flwr.clientapp import ClientApp
 
 from fedseg.errors import ConfigError
 from fedseg.flower import reply_to
-from fedseg.site.connect import Connection, connect
+from fedseg.site.connect import Connection
 
 app = ClientApp()
 
@@ -20,11 +21,11 @@ app = ClientApp()
 @app.evaluate()
 def answer(message: Message, context: Context) -> Message:
     """Answer a message; a failure leaves the hospital as the name of its class and nothing else."""
-    return reply_to(message, lambda: _site(context))
+    return reply_to(message, lambda: _site_service(context))
 
 
-def _site(context: Context) -> Connection:
-    site_file = context.node_config.get("site")
-    if not isinstance(site_file, str):
-        raise ConfigError("the node configuration names no site file: --node-config 'site=\"/path/to/site.toml\"'")
-    return connect(Path(site_file))
+def _site_service(context: Context) -> Connection:
+    socket = context.node_config.get("socket")
+    if not isinstance(socket, str):
+        raise ConfigError("the node configuration names no socket: --node-config 'socket=\"/run/fedseg/site.sock\"'")
+    return Connection(Path(socket))

@@ -264,6 +264,22 @@ class FederationConfig(Section):
     screening: ScreeningConfig = ScreeningConfig()
 
 
+class PrivacyConfig(Section):
+    """What every site does to its update before it leaves. A site's own policy can demand it."""
+
+    clip_norm: PositiveFloat | None = None
+    """Largest L2 norm of an update, over all tensors that leave; longer ones are scaled down. Absent: not clipped. Batch norm's
+    running variances are among them and dwarf the weights: use another norm, or `federation.exchange = "all-but-norms"`."""
+    noise_multiplier: NonNegativeFloat = 0.0
+    """Standard deviation of the Gaussian noise that a site adds to every value, as a multiple of `clip_norm`."""
+
+    @model_validator(mode="after")
+    def _noise_is_measured_against_the_clip(self) -> Self:
+        if self.noise_multiplier and self.clip_norm is None:
+            raise ValueError("noise_multiplier is a multiple of clip_norm; set clip_norm too, such as 1.0")
+        return self
+
+
 class Experiment(Section):
     """Everything that the coordinator decides.
 
@@ -281,6 +297,7 @@ class Experiment(Section):
     training: TrainingConfig
     evaluation: EvaluationConfig = EvaluationConfig()
     federation: FederationConfig
+    privacy: PrivacyConfig = PrivacyConfig()
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Self:

@@ -13,14 +13,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Self
 
+from fedseg import __version__
 from fedseg.errors import ConfigError, QuorumError
 from fedseg.federated.local import Ask
-from fedseg.federated.messages import Answer, RoundInstructions
+from fedseg.federated.messages import RoundInstructions, SiteUpdate
 from fedseg.federated.site import OpenSites
 from fedseg.flower import FlowerFleet, reply_to
 from fedseg.site.config import SiteConfig
+from fedseg.site.connect import Refusal
 
 START_SECONDS = 120.0
 """How long Ray and its actors may take to start."""
@@ -108,10 +110,21 @@ class _WarmSite:
     """A site in an actor."""
 
     opener: OpenSites
-    name: str
+    site: str
+    version: str = __version__
 
-    def ask(self, instructions: RoundInstructions) -> Answer:
-        return _opened(self.opener)(self.name, instructions)
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def describe(self) -> Self:
+        return self
+
+    def ask(self, instructions: bytes, *, train: bool) -> bytes | Refusal:  # noqa: ARG002 - the instructions say it too
+        answer = _opened(self.opener)(self.site, RoundInstructions.decode(instructions))
+        return answer.encode() if isinstance(answer, SiteUpdate) else Refusal(answer.kind, answer.reason)
 
 
 @lru_cache(maxsize=1)

@@ -15,6 +15,7 @@
     ├── MessageError           bytes that are not a valid message
     ├── UpdateRefused          screening refused a site's update: carries a typed reason
     ├── QuorumError            too few sites answered, too often
+    ├── SuperLinkError         Flower's server on the coordinator's machine does not answer, or refuses
     ├── StoreError             a run directory, checkpoint or database is damaged or belongs to another experiment
     └── KitError               a kit or the study's authority is incomplete, changed or open to others: names file and remedy
 
@@ -107,6 +108,10 @@ class UpdateRefused(FedsegError):  # noqa: N818 - a decision of the server, not 
 
 class QuorumError(FedsegError):
     """Too few sites answered, too many times in a row."""
+
+
+class SuperLinkError(FedsegError):
+    """Flower's server on the coordinator's machine does not answer, or refuses."""
 
 
 class StoreError(FedsegError):

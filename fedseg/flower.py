@@ -13,7 +13,9 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from itertools import islice
+from typing import Protocol
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # read when flwr is imported
 
@@ -22,9 +24,10 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from fedseg import __version__
+from fedseg.coordinator.between import Member
 from fedseg.errors import MessageError, QuorumError
 from fedseg.federated.messages import Answer, RoundInstructions, SiteFailure, SiteUpdate
-from fedseg.site.connect import Connection
+from fedseg.site.connect import Refusal
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +69,7 @@ def pack_answer(answer: Answer) -> RecordDict:
     """A site's answer as a record."""
     if isinstance(answer, SiteUpdate):
         return RecordDict({"update": _pack(answer.encode())})
-    return RecordDict({"failure": ConfigRecord({"kind": answer.kind, "reason": answer.reason})})
+    return _failure(answer.kind, answer.reason)
 
 
 def read_answer(message: Message, site: str, server_round: int) -> Answer:
@@ -95,7 +98,29 @@ def read_answer(message: Message, site: str, server_round: int) -> Answer:
     return update
 
 
-def reply_to(message: Message, connect: Callable[[], Connection]) -> Message:
+class Described(Protocol):
+    """A site that tells its name."""
+
+    @property
+    def site(self) -> str:
+        """Its name in the federation."""
+
+    @property
+    def version(self) -> str:
+        """Its release of fedseg."""
+
+
+class Gate(Protocol):
+    """What stands between Flower and a site; it relays documents and reads none."""
+
+    def describe(self) -> Described:
+        """Who the site is."""
+
+    def ask(self, instructions: bytes, *, train: bool) -> bytes | Refusal:
+        """The document that answers a document."""
+
+
+def reply_to(message: Message, connect: Callable[[], AbstractContextManager[Gate]]) -> Message:
     """What a site's ClientApp answers to any message.
 
     This is the gate's broad `except`: an error that left it would carry its text, a patient's file name say, into the
@@ -106,15 +131,27 @@ def reply_to(message: Message, connect: Callable[[], Connection]) -> Message:
         connect: reaches the site.
     """
     try:
-        connection = connect()
-        if message.metadata.message_type == "query":
-            content = RecordDict({"site": ConfigRecord({"name": connection.name, "version": __version__})})
-        else:
-            content = pack_answer(connection.ask(read_instructions(message.content)))
+        with connect() as gate:
+            content = _asked(gate, message)
     except Exception as error:
         log.exception("no answer to a %s message", message.metadata.message_type)
-        content = RecordDict({"failure": ConfigRecord({"kind": "failed", "reason": type(error).__name__})})
+        content = _failure("failed", type(error).__name__)
     return Message(content, reply_to=message)
+
+
+def _asked(gate: Gate, message: Message) -> RecordDict:
+    kind = message.metadata.message_type
+    if kind == "query":
+        site = gate.describe()
+        return RecordDict({"site": ConfigRecord({"name": site.site, "version": site.version})})
+    answer = gate.ask(_unpack(message.content, "instructions"), train=kind == "train")
+    if isinstance(answer, Refusal):
+        return _failure(answer.kind, answer.reason)
+    return RecordDict({"update": _pack(answer)})
+
+
+def _failure(kind: str, reason: str) -> RecordDict:
+    return RecordDict({"failure": ConfigRecord({"kind": kind, "reason": reason})})
 
 
 def _pack(data: bytes) -> ArrayRecord:
@@ -137,19 +174,28 @@ def _code(reason: object) -> str:
 class FlowerFleet:
     """The sites behind a Flower grid. Nodes may come and go.
 
-    Every new node is asked once for its site's name. Of two nodes with one name, only the one that came first is asked.
+    With a list of who is who, a site's name is that of its registered key. Without one (a trial, a simulation) every new node is
+    asked once for its site's name; of two nodes with one name, only the one that came first is asked.
 
     Args:
         grid: what Flower gives a ServerApp.
+        who: sites by number of the node, read anew again and again; nodes that are not in it are left alone, and one that was
+            started anew after it was asked is asked once more, for Flower does not notice that its answer is lost.
         min_sites: `sites` waits until so many are connected.
         patience: seconds that it waits.
         check: called while waiting; may raise, if what carries the messages has died.
     """
 
     def __init__(
-        self, grid: Grid, *, min_sites: int = 1, patience: float = 600.0, check: Callable[[], None] = lambda: None
+        self,
+        grid: Grid,
+        *,
+        who: Callable[[], Mapping[int, Member]] | None = None,
+        min_sites: int = 1,
+        patience: float = 600.0,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
-        self._grid, self._min_sites, self._patience, self._check = grid, min_sites, patience, check
+        self._grid, self._who, self._min_sites, self._patience, self._check = grid, who, min_sites, patience, check
         self._names: dict[int, str] = {}
         self._asked: dict[int, float] = {}
         self._queries: dict[str, int] = {}
@@ -192,11 +238,9 @@ class FlowerFleet:
         begun, server_round = time.monotonic(), instructions.server_round
         asked = {site: self._nodes[site] for site in sites if site in self._nodes}
         ttl = TTL if deadline is None else deadline + CLOCK_SLACK
-        kind = "train" if instructions.train else "evaluate"
-        pending = {
-            message_id: site
-            for site, message_id in self._push(pack_instructions(instructions), kind, asked, ttl).items()
-        }
+        kind, content = "train" if instructions.train else "evaluate", pack_instructions(instructions)
+        pushed = dict.fromkeys(asked, time.time())
+        pending = {message_id: site for site, message_id in self._push(content, kind, asked, ttl).items()}
         for site in sorted(set(sites) - set(pending.values())):
             yield SiteFailure(site, server_round, "failed", "NotReached")
         pauses = _pauses()
@@ -211,13 +255,35 @@ class FlowerFleet:
             remaining = TTL if deadline is None else begun + deadline - time.monotonic()
             if remaining <= 0:
                 break
+            for message_id, site in self._lost(pending, asked, pushed):
+                log.warning("round %d: the gate of %s was started anew; it is asked again", server_round, site)
+                del pending[message_id]
+                pushed[site] = time.time()
+                again = self._push(content, kind, {site: asked[site]}, ttl)
+                pending |= {new: label for label, new in again.items()}
+                if not again:
+                    yield SiteFailure(site, server_round, "failed", "NotReached")
             if pending:
                 time.sleep(min(next(pauses), remaining))
         yield from (SiteFailure(site, server_round, "late", "deadline") for site in sorted(pending.values()))
 
+    def _lost(
+        self, pending: Mapping[str, str], asked: Mapping[str, int], pushed: Mapping[str, float]
+    ) -> list[tuple[str, str]]:
+        """Messages whose node was started after they had been sent, with their sites."""
+        if self._who is None:
+            return []
+        started = {node: member.started for node, member in self._who().items()}
+        return [
+            (message_id, site) for message_id, site in pending.items() if started.get(asked[site], 0.0) > pushed[site]
+        ]
+
     def _everyone_was_heard(self) -> bool:
         """Ask new nodes who they are; True if none is still expected to say so."""
         now, online = time.monotonic(), set(self._grid.get_node_ids())
+        if self._who is not None:
+            self._nodes = {member.name: node for node, member in self._who().items() if node in online}
+            return True
         strangers = {
             str(node): node
             for node in sorted(online - set(self._names))

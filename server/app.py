@@ -7,6 +7,7 @@ Run configuration (`flwr run . --run-config 'experiment="..." resume=true'`):
     resume          go on with what the run directory holds
     wait-for-sites  so many sites must be connected before round 1; 0: the experiment's quorum
     wait-seconds    how long to wait for them, and for the quorum in later rounds
+    sites           JSON file with the names of the sites that own the registered keys; empty: nodes say who they are
 """
 
 import logging
@@ -15,7 +16,8 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedseg.config import load_experiment
+from fedseg.config import Experiment, load_experiment
+from fedseg.coordinator.between import logged, read_who
 from fedseg.federated.driver import Event, run_federation
 from fedseg.federated.messages import SiteFailure
 from fedseg.federated.site import start_state
@@ -33,24 +35,33 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run an experiment, or go on with it."""
-    _log_to_console()
     settings = context.run_config
     bundle = Path(__file__).resolve().parents[1]
     experiment = load_experiment(bundle / str(settings["experiment"]))
     directory = Path(str(settings["run-directory"]) or f"runs/{experiment.name}").resolve()
-    quorum = experiment.federation.min_sites
-    fleet = FlowerFleet(grid, min_sites=quorum, patience=float(settings["wait-seconds"]))
-    log.info("experiment %s, results go to %s", experiment.name, directory)
+    who = Path(str(settings["sites"])) if settings["sites"] else None
+    fleet = FlowerFleet(
+        grid,
+        who=None if who is None else lambda: read_who(who),
+        min_sites=experiment.federation.min_sites,
+        patience=float(settings["wait-seconds"]),
+    )
+    with logged(directory):
+        log.info("experiment %s, results go to %s", experiment.name, directory)
+        _run(experiment, fleet, directory, int(settings["wait-for-sites"]), bool(settings["resume"]))
+
+
+def _run(experiment: Experiment, fleet: FlowerFleet, directory: Path, wait_for: int, resume: bool) -> None:
     store = RunStore(directory, RUN)
     try:
-        sites = fleet.wait_for(max(quorum, int(settings["wait-for-sites"])))
+        sites = fleet.wait_for(max(experiment.federation.min_sites, wait_for))
         log.info("%d sites are connected: %s", len(sites), ", ".join(sites))
         state = run_federation(
             experiment,
             fleet,
             store,
             lambda: start_state(experiment),
-            resume=bool(settings["resume"]),
+            resume=resume,
             observe=_tell,
         )
     finally:
@@ -89,12 +100,3 @@ def _dice(event: Event, which: str) -> str:
         value for scores in (event.scores or {}).values() for name, value in scores.items() if name.startswith("dice/")
     ]
     return f", mean Dice of the {which} weights {sum(values) / len(values):.3f}" if values else ""
-
-
-def _log_to_console() -> None:
-    logger = logging.getLogger("fedseg")
-    if not logger.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        logger.addHandler(handler)
-    logger.setLevel(logging.INFO)

@@ -10,7 +10,20 @@ from rich.console import Console
 from rich.markup import escape
 
 from fedseg import __version__
-from fedseg.cli import data, experiment, kernels, models, personalise, predict, provision, simulate, train, warm_start
+from fedseg.cli import (
+    data,
+    experiment,
+    kernels,
+    models,
+    personalise,
+    predict,
+    provision,
+    server,
+    simulate,
+    site,
+    train,
+    warm_start,
+)
 from fedseg.errors import FedsegError
 
 app = typer.Typer(
@@ -35,6 +48,8 @@ for command in (
     app.command()(command)
 app.add_typer(data.app, name="data")
 app.add_typer(experiment.app, name="experiment")
+app.add_typer(site.app, name="site")
+app.add_typer(server.app, name="server")
 
 
 @app.callback(invoke_without_command=True)

@@ -3,6 +3,7 @@
 Bytes are one safetensors document: tensors, and everything else in its JSON header; see `fedseg.federated.document`.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Self
@@ -12,7 +13,7 @@ from fedseg.errors import MessageError
 from fedseg.federated.document import Buffer, pack, unpack
 from fedseg.federated.weights import Weights
 
-FORMAT = 1
+FORMAT = 2
 LONGEST_NAME = 200
 LARGEST_COUNT = 10**9
 
@@ -86,6 +87,8 @@ class SiteUpdate:
     """Figures of the local training: loss, steps, seconds."""
     quarantined: dict[str, int] = field(default_factory=dict)
     """Number of cases that could not be used, by reason code."""
+    manifest: str = ""
+    """Digest of the site's data manifest; another one means that the site's data have changed. Empty: the site keeps none."""
 
     def encode(self) -> bytes:
         """The message as bytes."""
@@ -123,6 +126,7 @@ class SiteUpdate:
             "sums": dict,
             "training": dict,
             "quarantined": dict,
+            "manifest": str,
         }
         _check_fields("update", header, types)
         numbers = {key: _numbers(key, header[key]) for key in ("sums", "training")}
@@ -131,6 +135,8 @@ class SiteUpdate:
                 raise MessageError("update: quarantined must map reasons to counts")
         if not _is_name(header["site"]):
             raise MessageError("update: site must be a short printable name")
+        if not re.fullmatch(r"(?:[0-9a-f]{64})?", header["manifest"]):
+            raise MessageError("update: manifest must be empty or 64 hexadecimal digits")
         return cls(delta=tensors, **{**header, **numbers})
 
 

@@ -9,6 +9,7 @@ from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -22,6 +23,7 @@ from fedseg.errors import ConfigError, SiteAbstained, TrainingDiverged
 from fedseg.evaluation import evaluate
 from fedseg.federated.exchange import anchor_of, buffer_names, private_names, put_weights, take_weights
 from fedseg.federated.messages import Answer, RoundInstructions, SiteFailure, SiteUpdate
+from fedseg.federated.privacy import protect
 from fedseg.federated.private import PrivateTensors
 from fedseg.federated.rounds import ServerState, derive_seed, initial_state
 from fedseg.federated.weights import Weights, norm, subtract
@@ -35,6 +37,8 @@ log = logging.getLogger(__name__)
 
 AnswerRound = Callable[[RoundInstructions], SiteUpdate]
 """What a site is to the rest of the program."""
+Watch = Callable[[str, int, int], None]
+"""Told what is being done, how much of it is done, and of how much; may raise `RoundCancelled` to end the round."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +56,15 @@ class Site:
 
     Args:
         config: where its data lie and on what it computes.
+        watch: told about the progress of rounds.
+        seeded_noise: noise that privacy asks for comes from the experiment's seed, so that a simulation can be repeated;
+            whoever knows the seed can take it off again.
     """
 
-    def __init__(self, config: SiteConfig) -> None:
+    def __init__(self, config: SiteConfig, *, watch: Watch = lambda *_: None, seeded_noise: bool = False) -> None:
         self.config = config
+        self.watch = watch
+        self._seeded_noise = seeded_noise
         self.parts = 1
         """As many steps as so many sites take in an epoch, where the experiment says how many that are."""
         self._data: dict[str, SiteData] = {}
@@ -69,6 +78,7 @@ class Site:
             SiteAbstained: too few of the site's cases are usable.
             ConfigError: the experiment does not validate here.
             TrainingDiverged: the loss became non-finite.
+            RoundCancelled: by `watch`.
             StoreError: the site's private tensors are damaged.
         """
         experiment = _parsed(instructions.experiment)
@@ -98,6 +108,7 @@ class Site:
                 instructions.server_round, instructions.weights, _finite({name: trained[name] for name in private})
             )
         delta = subtract(trained, {name: array for name, array in instructions.weights.items() if name not in private})
+        delta = protect(delta, experiment.privacy, self._noise(experiment.seed, instructions.server_round))
         return SiteUpdate(update.site, update.server_round, delta, update.num_cases, sums, training, update.quarantined)
 
     def prepare(self, experiment: Experiment, *, progress: bool = False) -> SiteData:
@@ -117,6 +128,11 @@ class Site:
         """The site's cases as they lie on disk."""
         cohort = read_cohort(Path(self.config.data), self.config.person)
         return cohort if self.config.cases is None else cohort.subset(self.config.cases)
+
+    def _noise(self, seed: int, server_round: int) -> np.random.Generator:
+        if self._seeded_noise:
+            return np.random.default_rng(derive_seed(seed, "noise", server_round, self.config.name))
+        return np.random.default_rng()  # seeded by the operating system
 
     def _own(self, kept: PrivateTensors, instructions: RoundInstructions, private: Collection[str]) -> Weights:
         """The site's private tensors, none before it has trained."""
@@ -138,6 +154,7 @@ class Site:
             precision=experiment.training.precision,
             surface=surface,
             slicing=experiment.slicing,
+            on_case=lambda done, _: self.watch("scoring", done, len(data.validation.cases)),
         ).sums()
 
     def _train(
@@ -155,9 +172,10 @@ class Site:
         patches_seed = derive_seed(experiment.seed, "patches", name)
         sampler = PatchSampler(cases, training, patches_seed, mirror_pairs(experiment.task.labels), experiment.slicing)
         seed_everything(derive_seed(experiment.seed, "training", server_round, name))
+        batches = _epochs(sampler, (server_round - 1) * federation.local_epochs, federation.local_epochs)
         report = train_locally(
             model,
-            _epochs(sampler, (server_round - 1) * federation.local_epochs, federation.local_epochs),
+            self._watched(batches, len(sampler) * federation.local_epochs),
             training,
             anchor=anchor_of(model) if federation.proximal_mu else None,
             proximal_mu=federation.proximal_mu,
@@ -171,6 +189,12 @@ class Site:
             "seconds": report.seconds,
             "data_seconds": report.data_seconds,
         }
+
+    def _watched(self, batches: Iterator[Batch], total: int) -> Iterator[Batch]:
+        for done, batch in enumerate(batches):
+            self.watch("training", done, total)
+            yield batch
+        self.watch("training", total, total)
 
 
 class PooledSite(Site):
@@ -238,7 +262,7 @@ class OpenSites:
 
         def ask(name: str, instructions: RoundInstructions) -> Answer:
             if name not in opened:
-                opened[name] = Site(configs[name])
+                opened[name] = Site(configs[name], seeded_noise=True)
             return answer_safely(opened[name], name, instructions)
 
         return ask

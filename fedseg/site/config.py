@@ -7,6 +7,7 @@ from pydantic import Field
 
 from fedseg.config import PositiveInt, Section, load_section
 from fedseg.data.cohort import PersonRule
+from fedseg.site.policy import Policy
 
 
 def default_cache() -> str:
@@ -30,6 +31,14 @@ class SiteConfig(Section):
     """Folder for preprocessed volumes; they are as confidential as the volumes."""
     state: str | None = None
     """Folder for the tensors that stay at the site (`federation.exchange`); absent: beside `cache`, with `-state` added."""
+    socket: str = "site.sock"
+    """UNIX socket on which the site service answers its gate."""
+    key: str | None = None
+    """The site's private key, with which it signs its data manifest; absent: `site.key` beside the site file, if it is there."""
+    largest_request: PositiveInt = 4096
+    """Megabytes that one request of the coordinator may have."""
+    policy: Policy = Policy()
+    """What this hospital allows, whatever the coordinator asks for."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`, ... or `auto`: a GPU if there is one."""
     threads: PositiveInt = 1
@@ -41,6 +50,16 @@ class SiteConfig(Section):
         cache = Path(self.cache)
         return Path(self.state) if self.state is not None else cache.with_name(f"{cache.name}-state")
 
+    @property
+    def audit_log(self) -> Path:
+        """Where every request and what became of it is written down."""
+        return self.state_folder / "audit.jsonl"
+
+    @property
+    def manifest(self) -> Path:
+        """The data manifest of the last round."""
+        return self.state_folder / "data-manifest.json"
+
 
 def load_site(path: Path) -> SiteConfig:
     """Read a site file; relative folders in it are relative to the file.
@@ -50,5 +69,7 @@ def load_site(path: Path) -> SiteConfig:
     """
     site = load_section(SiteConfig, path)
     base = path.resolve().parent
-    folders = {"data": site.data, "cache": site.cache, "state": site.state}
+    folders = {"data": site.data, "cache": site.cache, "state": site.state, "socket": site.socket, "key": site.key}
+    if site.key is None and (base / "site.key").exists():
+        folders["key"] = "site.key"
     return site.model_copy(update={key: str(base / folder) for key, folder in folders.items() if folder is not None})

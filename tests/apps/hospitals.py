@@ -1,8 +1,13 @@
 """Three hospitals with phantoms, and an experiment small enough to run through real processes."""
 
 import json
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from uuid import uuid4
 
+import client.app
 from fedseg.config import Experiment, parse_experiment
 from fedseg.data.phantom import PhantomConfig, write_phantoms
 from fedseg.federated.driver import run_federation
@@ -10,7 +15,10 @@ from fedseg.federated.local import InProcessFleet
 from fedseg.federated.rounds import ServerState
 from fedseg.federated.site import OpenSites, start_state
 from fedseg.federated.store import RunStore
-from fedseg.site.config import load_site
+from fedseg.site.config import SiteConfig, load_site
+from fedseg.site.policy import Policy
+from fedseg.site.service import opened
+from tests.apps.grid import Node
 
 NAMES = ("Aare", "Elbe", "Loire")
 
@@ -38,8 +46,30 @@ def write_hospitals(folder: Path) -> dict[str, Path]:
     for number, name in enumerate(NAMES):
         write_phantoms(folder / name / "data", PhantomConfig(cases=3, shape=(16, 20, 20), first=10 * number))
         files[name] = folder / name / "site.toml"
-        files[name].write_text(f'name = "{name}"\ndata = "data"\ncache = "cache"\ndevice = "cpu"\n')
+        files[name].write_text(
+            f'name = "{name}"\ndata = "data"\ncache = "cache"\ndevice = "cpu"\nsocket = "{short_socket()}"\n'
+            "[policy]\nmin_cases = 1\nmin_validation_cases = 1\n"
+        )
     return files
+
+
+def short_socket() -> Path:
+    """A path for a UNIX socket, which must not be long."""
+    return Path(tempfile.gettempdir()) / f"fedseg-{uuid4().hex[:12]}.sock"
+
+
+@contextmanager
+def gates(configs: Iterable[SiteConfig]) -> Iterator[dict[int, Node]]:
+    """Site services in this process, and the nodes whose gates reach them."""
+    with ExitStack() as services:
+        nodes = {}
+        for number, config in enumerate(configs):
+            lenient = config.model_copy(
+                update={"socket": str(short_socket()), "policy": Policy(min_cases=1, min_validation_cases=1)}
+            )
+            services.enter_context(opened(lenient))
+            nodes[number] = Node(client.app.app, {"socket": lenient.socket})
+        yield nodes
 
 
 def write_experiment(path: Path, experiment: Experiment) -> None:

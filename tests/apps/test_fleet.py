@@ -12,7 +12,7 @@ from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 
 import client.app
-from fedseg import flower
+from fedseg import __version__, flower
 from fedseg.errors import QuorumError
 from fedseg.federated.driver import run_federation
 from fedseg.federated.messages import Answer, RoundInstructions, SiteFailure, SiteUpdate
@@ -20,8 +20,9 @@ from fedseg.federated.site import start_state
 from fedseg.federated.store import RunStore
 from fedseg.federated.weights import digest
 from fedseg.flower import FlowerFleet, reply_to
+from fedseg.site.config import load_site
 from tests.apps.grid import LoopGrid, Node
-from tests.apps.hospitals import run_as_loop, tiny_experiment, write_hospitals
+from tests.apps.hospitals import gates, run_as_loop, tiny_experiment, write_hospitals
 
 INSTRUCTIONS = RoundInstructions(3, {"w": np.ones(2, np.float32)}, "{}")
 
@@ -38,11 +39,21 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 class Echo:
     """A site that sends back what it got."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, site: str) -> None:
+        self.site, self.version = site, __version__
 
-    def ask(self, instructions: RoundInstructions) -> Answer:
-        return SiteUpdate(self.name, instructions.server_round, instructions.weights, 1)
+    def __enter__(self) -> "Echo":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def describe(self) -> "Echo":
+        return self
+
+    def ask(self, instructions: bytes, *, train: bool) -> bytes:
+        received = RoundInstructions.decode(instructions)
+        return SiteUpdate(self.site, received.server_round, received.weights, 1).encode()
 
 
 def echo(name: str) -> Node:
@@ -64,9 +75,10 @@ def answers_of(fleet: FlowerFleet, sites: list[str], deadline: float | None = No
 def test_rounds_over_flower_give_the_weights_of_a_plain_loop_to_the_last_bit(tmp_path: Path) -> None:
     files, experiment = write_hospitals(tmp_path), tiny_experiment()
     expected = run_as_loop(experiment, files, tmp_path / "loop")
-    grid = LoopGrid({n: Node(client.app.app, {"site": str(path)}) for n, path in enumerate(files.values())})
     store = RunStore(tmp_path / "flower")
-    state = run_federation(experiment, FlowerFleet(grid, min_sites=3), store, lambda: start_state(experiment))
+    with gates(map(load_site, files.values())) as nodes:
+        grid = LoopGrid(nodes)
+        state = run_federation(experiment, FlowerFleet(grid, min_sites=3), store, lambda: start_state(experiment))
     loop = RunStore(tmp_path / "loop")
     assert digest(state.weights) == digest(expected.weights)
     assert store.is_finished()
@@ -81,9 +93,10 @@ def test_a_broken_site_drops_out_without_naming_its_files(tmp_path: Path) -> Non
         image.with_name("Mustermann_Max" + image.name).write_bytes(image.read_bytes()[:50])
         image.unlink()
     expected = run_as_loop(experiment, files, tmp_path / "loop")
-    grid = LoopGrid({n: Node(client.app.app, {"site": str(path)}) for n, path in enumerate(files.values())})
     store = RunStore(tmp_path / "flower")
-    state = run_federation(experiment, FlowerFleet(grid, min_sites=3), store, lambda: start_state(experiment))
+    with gates(map(load_site, files.values())) as nodes:
+        grid = LoopGrid(nodes)
+        state = run_federation(experiment, FlowerFleet(grid, min_sites=3), store, lambda: start_state(experiment))
     rows = store.rows("SELECT site, status FROM updates WHERE server_round = 1 ORDER BY site")
     assert [row["status"] == "accepted" for row in rows] == [True, True, False]
     assert digest(state.weights) == digest(expected.weights)
@@ -169,7 +182,7 @@ def test_a_site_that_changed_its_name_is_asked_for_it_again() -> None:
 
 
 def test_a_node_that_cannot_say_its_name_does_not_stop_the_others(caplog: pytest.LogCaptureFixture) -> None:
-    nameless = Node(client.app.app, {"site": "/data/Mustermann_Max/site.toml"})
+    nameless = Node(client.app.app, {"socket": f"/data/Mustermann_Max/{'x' * 100}.sock"})
     fleet = FlowerFleet(LoopGrid({1: nameless, 2: echo("Elbe"), 3: Node(client.app.app, {})}))
     with caplog.at_level("WARNING", "fedseg.flower"):
         assert fleet.sites() == ["Elbe"]

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from flwr.app import Context, RecordDict
 
-import client.app
 import server.app
 from fedseg import flower
 from fedseg.config import load_experiment
@@ -17,8 +16,9 @@ from fedseg.errors import StoreError
 from fedseg.federated.store import RunStore
 from fedseg.federated.weights import digest
 from fedseg.model_file import load_model_file
-from tests.apps.grid import LoopGrid, Node
-from tests.apps.hospitals import run_as_loop, tiny_experiment, write_experiment, write_hospitals
+from fedseg.site.config import load_site
+from tests.apps.grid import LoopGrid
+from tests.apps.hospitals import gates, run_as_loop, tiny_experiment, write_experiment, write_hospitals
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,20 +59,22 @@ def test_the_server_runs_an_experiment_and_goes_on_with_it(tmp_path: Path, monke
     files, experiment = write_hospitals(tmp_path), tiny_experiment()
     expected = run_as_loop(experiment, files, tmp_path / "loop")
     write_experiment(tmp_path / "tiny.toml", experiment)
-    grid = LoopGrid({n: Node(client.app.app, {"site": str(path)}) for n, path in enumerate(files.values())})
     settings = {
         "experiment": str(tmp_path / "tiny.toml"),
         "run-directory": str(tmp_path / "run"),
         "resume": False,
         "wait-for-sites": 3,
         "wait-seconds": 60.0,
+        "sites": "",
     }
-    server.app.app(grid, Context(1, 0, {}, RecordDict(), settings))
-    store = RunStore(tmp_path / "run")
-    row = store.rows("SELECT weights_sha256 FROM rounds WHERE server_round = 2")[0]
-    assert row["weights_sha256"] == digest(expected.weights)
-    assert load_model_file(tmp_path / "run")[0] == experiment
-    with pytest.raises(StoreError, match="holds run 'federated' already"):
+    with gates(map(load_site, files.values())) as nodes:
+        grid = LoopGrid(nodes)
         server.app.app(grid, Context(1, 0, {}, RecordDict(), settings))
-    server.app.app(grid, Context(1, 0, {}, RecordDict(), settings | {"resume": True}))
-    assert store.rows("SELECT resumed FROM runs")[0]["resumed"] == 1
+        store = RunStore(tmp_path / "run")
+        row = store.rows("SELECT weights_sha256 FROM rounds WHERE server_round = 2")[0]
+        assert row["weights_sha256"] == digest(expected.weights)
+        assert load_model_file(tmp_path / "run")[0] == experiment
+        with pytest.raises(StoreError, match="holds run 'federated' already"):
+            server.app.app(grid, Context(1, 0, {}, RecordDict(), settings))
+        server.app.app(grid, Context(1, 0, {}, RecordDict(), settings | {"resume": True}))
+        assert store.rows("SELECT resumed FROM runs")[0]["resumed"] == 1

@@ -10,7 +10,7 @@ from flwr.common.constant import ErrorCode
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedseg.errors import MessageError, SiteAbstained
-from fedseg.federated.messages import Answer, RoundInstructions, SiteFailure, SiteUpdate
+from fedseg.federated.messages import RoundInstructions, SiteFailure, SiteUpdate
 from fedseg.federated.weights import Weights
 from fedseg.flower import pack_answer, pack_instructions, read_answer, read_instructions, reply_to
 from tests.apps.grid import over_the_wire
@@ -105,9 +105,18 @@ def test_a_reason_that_is_no_plain_word_is_not_passed_on(reason: str | float) ->
 class Broken:
     """A site whose errors speak of patients."""
 
-    name = "Aare"
+    site, version = "Aare", "1"
 
-    def ask(self, instructions: RoundInstructions) -> Answer:
+    def __enter__(self) -> "Broken":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def describe(self) -> "Broken":
+        return self
+
+    def ask(self, instructions: bytes, *, train: bool) -> bytes:
         raise SiteAbstained("too-few-cases", "only Mustermann_Max.nii.gz is usable")
 
 

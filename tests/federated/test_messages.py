@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as hnp
 from safetensors.numpy import save as save_tensors
 
 from fedseg.errors import MessageError
-from fedseg.federated.messages import RoundInstructions, SiteUpdate
+from fedseg.federated.messages import FORMAT, RoundInstructions, SiteUpdate
 from tests.federated.toys import same, toy_update, toy_weights
 
 INSTRUCTIONS = RoundInstructions(4, toy_weights(), '{"name": "ü"}', train=False, evaluate=True, surface=True)
@@ -18,7 +18,7 @@ UPDATE = toy_update("A", RoundInstructions(4, toy_weights(), "{}"))
 
 
 def document(**changes):
-    header = {"format": 1, "version": "0", "kind": "update"} | UPDATE.header() | changes
+    header = {"format": FORMAT, "version": "0", "kind": "update"} | UPDATE.header() | changes
     return save_tensors(UPDATE.delta, metadata={"fedseg": json.dumps(header)})
 
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import nn
 
-import client.app
 from fedseg import flower
 from fedseg.config import TrainingConfig, parse_experiment
 from fedseg.data.phantom import PhantomConfig, write_phantoms
@@ -28,7 +27,8 @@ from fedseg.federated.weights import digest, subtract
 from fedseg.model_file import load_model_file, read_model_file, save_model_file, save_site_model
 from fedseg.site.config import SiteConfig, load_site
 from fedseg.training import train_locally
-from tests.apps.grid import LoopGrid, Node
+from tests.apps.grid import LoopGrid
+from tests.apps.hospitals import gates
 from tests.federated.test_site import train_by_hand, without_clock
 from tests.federated.toys import history, rows, same
 
@@ -162,14 +162,10 @@ def test_one_worker_and_two_give_the_same_run_and_leave_the_same_at_each_site(fo
 def test_flower_gives_the_same_run_as_a_loop(folder, tmp_path, undisturbed, monkeypatch):
     monkeypatch.setattr(flower, "POLL", (0.001, 0.01))
     configs = hospitals(folder, tmp_path / "state")
-    files = {}
-    for number, config in enumerate(configs):
-        files[number] = tmp_path / f"{config.name}.toml"
-        values = config.model_dump(include={"name", "data", "cache", "state", "device"})
-        files[number].write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()))
-    grid = LoopGrid({number: Node(client.app.app, {"site": str(path)}) for number, path in files.items()})
-    run(tiny(), configs, tmp_path, flower.FlowerFleet(grid, min_sites=3))
-    check(tmp_path, configs, undisturbed)
+    services = [config.model_copy(update={"state": str(tmp_path / "state" / config.name)}) for config in configs]
+    with gates(services) as nodes:
+        run(tiny(), configs, tmp_path, flower.FlowerFleet(LoopGrid(nodes), min_sites=3))
+    check(tmp_path, services, undisturbed)
 
 
 def run_until_killed(configs, output, fault):

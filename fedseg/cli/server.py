@@ -1,0 +1,187 @@
+"""`fedseg server`: what the coordinator runs, and what can be seen of it."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+app = typer.Typer(no_args_is_help=True, help="The coordinator's side of a study: start, watch, stop, go on.")
+
+KitFolder = Annotated[Path, typer.Argument(help="The coordinator's kit.")]
+State = Annotated[
+    Path | None, typer.Option(help="Folder for everything that is to survive; absent: `state` in the kit.")
+]
+
+
+@app.command()
+def start(
+    kit: KitFolder = Path(),
+    state: State = None,
+    port: Annotated[int, typer.Option(help="Loopback port of the SuperLink; as in nginx.conf.")] = 18000,
+    health: Annotated[int, typer.Option(help="Loopback port of its gRPC health service.")] = 18001,
+    wait_for_sites: Annotated[
+        int, typer.Option(help="Sites that must be connected before round 1; 0: the experiment's quorum.")
+    ] = 0,
+    fence: Annotated[
+        bool, typer.Option("--fence/--no-fence", help="Run nginx with the kit's nginx.conf, too.")
+    ] = False,
+) -> None:
+    """Run the study until it is finished. Whatever dies on the way is started again, after its last finished round.
+
+    A supervisor that was killed goes on when it is started again. After `fedseg server stop` it wants to be told: resume.
+    """
+    from fedseg.errors import ConfigError
+
+    folder = state or kit / "state"
+    if (folder / "stopped").exists():
+        raise ConfigError(
+            f"{folder}: the study was stopped on {(folder / 'stopped').read_text().strip()}; `fedseg server resume` goes on"
+        )
+    _run(kit, folder, port, health, wait_for_sites, fence)
+
+
+@app.command()
+def resume(
+    kit: KitFolder = Path(),
+    state: State = None,
+    port: Annotated[int, typer.Option(help="Loopback port of the SuperLink; as in nginx.conf.")] = 18000,
+    health: Annotated[int, typer.Option(help="Loopback port of its gRPC health service.")] = 18001,
+    wait_for_sites: Annotated[
+        int, typer.Option(help="Sites that must be connected before the next round; 0: the experiment's quorum.")
+    ] = 0,
+    fence: Annotated[
+        bool, typer.Option("--fence/--no-fence", help="Run nginx with the kit's nginx.conf, too.")
+    ] = False,
+) -> None:
+    """Go on with a study that was stopped, after its last finished round."""
+    folder = state or kit / "state"
+    (folder / "stopped").unlink(missing_ok=True)
+    _run(kit, folder, port, health, wait_for_sites, fence)
+
+
+@app.command()
+def stop(kit: KitFolder = Path(), state: State = None) -> None:
+    """Stop a study. The round that is running is lost, everything before it is kept."""
+    import os
+    import signal
+    import time
+    from datetime import datetime
+
+    from fedseg.coordinator.supervisor import is_supervised, read_status
+
+    folder = state or kit / "state"
+    status = read_status(folder)
+    (folder / "stopped").write_text(f"{datetime.now():%Y-%m-%d %H:%M:%S}\n")
+    if not is_supervised(folder):
+        typer.echo("it was not running; `fedseg server resume` goes on with it")
+        return
+    os.kill(int(status["pid"]), signal.SIGTERM)
+    for _ in range(600):
+        if not is_supervised(folder):
+            typer.echo(f"stopped after round {read_status(folder)['rounds']}; `fedseg server resume` goes on with it")
+            return
+        time.sleep(0.1)
+    typer.echo(f"process {status['pid']} has not ended within a minute", err=True)
+    raise typer.Exit(1)
+
+
+@app.command()
+def status(
+    kit: KitFolder = Path(),
+    state: State = None,
+    json_out: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """How far the study is, who is connected, and what is wrong; exit 1 unless it is running or finished."""
+    import json
+
+    from rich.console import Console
+
+    from fedseg.coordinator.supervisor import is_supervised, read_status
+    from fedseg.coordinator.watch import overview
+
+    folder = state or kit / "state"
+    found = read_status(folder)
+    found["supervised"] = is_supervised(folder)
+    found |= overview(folder)
+    if json_out:
+        typer.echo(json.dumps(found, indent=1))
+    else:
+        _show(found, Console(highlight=False))
+    if not (found["supervised"] or found["state"] == "finished"):
+        raise typer.Exit(1)
+
+
+@app.command()
+def logs(
+    kit: KitFolder = Path(),
+    state: State = None,
+    lines: Annotated[int, typer.Option("-n", "--lines", min=1, help="So many lines.")] = 40,
+    superlink: Annotated[bool, typer.Option("--superlink", help="The SuperLink's instead of the run's.")] = False,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on as it grows.")] = False,
+) -> None:
+    """The end of the run's log."""
+    import time
+    from collections import deque
+
+    from fedseg.errors import ConfigError
+
+    folder = state or kit / "state"
+    path = folder / ("superlink.log" if superlink else "run/server.log")
+    if not path.exists():
+        raise ConfigError(f"{path}: there is no log yet; has `fedseg server start` been run with this kit and --state?")
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in deque(file, maxlen=lines):
+            typer.echo(line, nl=False)
+        while follow:
+            if line := file.readline():
+                typer.echo(line, nl=False)
+            else:
+                time.sleep(0.3)
+
+
+def _run(kit: Path, state: Path, port: int, health: int, wait_for_sites: int, fence: bool) -> None:
+    import signal
+    from datetime import datetime
+
+    from rich.console import Console
+
+    from fedseg.coordinator.supervisor import Plan, Supervisor
+    from fedseg.errors import KitError
+    from fedseg.kit import load_kit
+
+    opened = load_kit(kit)
+    if opened.config.role != "coordinator":
+        raise KitError(f"{kit}: is the kit of site {opened.config.site}; the server needs the coordinator's")
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+    supervisor = Supervisor(
+        Plan(opened, state.absolute(), port, health, wait_for_sites, fence=fence),
+        tell=lambda text: console.print(f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}"),
+    )
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: supervisor.stop.set())
+    if supervisor.run():
+        console.print(f"the study is finished; its model is {supervisor.plan.run_directory / 'models'}")
+
+
+def _show(found: dict[str, Any], console: "Console") -> None:
+    from datetime import datetime
+
+    from rich.markup import escape
+    from rich.table import Table
+
+    state = found["state"] if found["supervised"] or found["state"] in ("finished", "stopped") else "not running"
+    console.print(f"[bold]{escape(found['study'])}[/]: {state}, round {found['rounds']} of {found['of']}")
+    if found["problem"]:
+        console.print(f"[yellow]last trouble:[/] {escape(found['problem'])}", soft_wrap=True)
+    restarts = ", ".join(f"{name} {count}" for name, count in found["restarts"].items() if count)
+    if restarts:
+        console.print(f"started again: {restarts}")
+    table = Table("site", "connected", "last round", "last answer", "Dice", "what it said")
+    for site in found["sites"]:
+        moment = f"{datetime.fromtimestamp(site['seen']):%Y-%m-%d %H:%M}" if site["seen"] else "never"
+        dice = f"{site['dice']:.3f}" if site["dice"] is not None else ""
+        table.add_row(site["name"], site["node"], str(site["round"] or ""), moment, dice, site["said"])
+    console.print(table)

@@ -1,0 +1,77 @@
+"""The app bundle: the two thin programs that Flower ships to every site, as one file with one SHA-256.
+
+In a checkout they are `server/` and `client/` beside the library; a wheel carries the same files as `fedseg/bundle/`. The same
+files give the same bytes, so that what a hospital has approved is what the coordinator submits.
+"""
+
+import hashlib
+import os
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from zipfile import BadZipFile, ZipFile
+
+import fedseg
+from fedseg.errors import KitError
+
+LARGEST = 10_000_000
+"""Bytes; Flower takes no larger ones."""
+
+
+@dataclass(frozen=True)
+class BundledFile:
+    """A file of a bundle."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+def app_bundle() -> bytes:
+    """Build the bundle of this installation.
+
+    Raises:
+        KitError: the programs are not there.
+    """
+    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+    from flwr.cli.build import build_fab_from_disk
+
+    package = Path(fedseg.__file__).parent
+    for root in (package / "bundle", package.parent):
+        if (root / "client" / "app.py").is_file() and (root / "pyproject.toml").is_file():
+            return bytes(build_fab_from_disk(root))
+    raise KitError(f"{package}: this installation holds no app bundle; give one with --app, or install fedseg anew")
+
+
+def bundle_digest(bundle: bytes) -> str:
+    """SHA-256 in hexadecimal digits: the name under which a hospital approves a bundle."""
+    return hashlib.sha256(bundle).hexdigest()
+
+
+def bundled_files(bundle: bytes, source: str) -> list[BundledFile]:
+    """What is in a bundle; nothing of it is run or unpacked to disk.
+
+    Raises:
+        KitError: it is no bundle, or a file in it is absurdly large.
+    """
+    try:
+        with ZipFile(BytesIO(bundle)) as archive:
+            entries = archive.infolist()
+            if sum(entry.file_size for entry in entries) > 10 * LARGEST:
+                raise KitError(
+                    f"{source}: would unpack to more than {10 * LARGEST / 1e6:.0f} MB; it is no bundle of fedseg"
+                )
+            return [_entry(archive, entry.filename) for entry in sorted(entries, key=lambda entry: entry.filename)]
+    except (BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError, EOFError) as error:
+        raise KitError(f"{source}: not an app bundle (a zip file): {error}") from error
+
+
+def read_bundled(bundle: bytes, name: str) -> str:
+    """The text of one file of a bundle."""
+    with ZipFile(BytesIO(bundle)) as archive:
+        return archive.read(name).decode("utf-8", errors="replace")
+
+
+def _entry(archive: ZipFile, name: str) -> BundledFile:
+    content = archive.read(name)
+    return BundledFile(name, len(content), hashlib.sha256(content).hexdigest())

@@ -1,0 +1,131 @@
+"""Site service and gate on one machine: both are kept running, each as a process of its own."""
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fedseg.errors import ConfigError
+from fedseg.kit import Kit
+from fedseg.processes import die_with_parent, end_process
+from fedseg.site.config import SiteConfig, load_site
+
+log = logging.getLogger(__name__)
+
+PAUSES = (1.0, 60.0)
+"""Shortest and longest wait before a process that ended is started again."""
+STEADY_SECONDS = 120.0
+"""A process that has lived so long starts with the shortest pause again."""
+
+
+@dataclass
+class _Kept:
+    """One process, and when it may be started again."""
+
+    name: str
+    command: list[str]
+    log: Path
+    process: "subprocess.Popen[bytes] | None" = None
+    begun: float = 0.0
+    not_before: float = 0.0
+    pause: float = PAUSES[0]
+    restarts: int = 0
+
+    def start(self) -> None:
+        with self.log.open("ab") as output:
+            self.process = subprocess.Popen(
+                self.command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"PYTHONUNBUFFERED": "1", "FLWR_LOG_LEVEL": "WARNING"},
+                start_new_session=True,
+                preexec_fn=die_with_parent,
+            )
+        self.begun = time.monotonic()
+
+    def ended(self) -> int | None:
+        """Exit code of a process that has just ended."""
+        if self.process is None or (code := self.process.poll()) is None:
+            return None
+        if time.monotonic() - self.begun > STEADY_SECONDS:
+            self.pause = PAUSES[0]
+        self.process, self.not_before = None, time.monotonic() + self.pause
+        self.pause = min(2 * self.pause, PAUSES[1])
+        self.restarts += 1
+        return code
+
+
+@dataclass
+class Household:
+    """Keeps a hospital's two processes running until it is told to stop.
+
+    Args:
+        kit: the site's.
+        site_file: the hospital's own decisions.
+        tell: is told what happens, one sentence each.
+    """
+
+    kit: Kit
+    site_file: Path
+    tell: Callable[[str], None] = log.info
+    stop: threading.Event = field(default_factory=threading.Event)
+
+    def run(self) -> None:
+        """Start both, start again what ends, end both.
+
+        Raises:
+            ConfigError: the site file is of another site.
+        """
+        config = load_site(self.site_file)
+        require_own_name(self.kit, config)
+        config.state_folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        fedseg = [sys.executable, "-m", "fedseg", "site"]
+        socket = str(Path(config.socket).absolute())
+        service = _Kept(
+            "site service", [*fedseg, "serve", str(self.site_file)], config.state_folder / "site-service.log"
+        )
+        gate = _Kept(
+            "gate",
+            [*fedseg, "gate", str(self.kit.folder), "--socket", socket, "--home", str(config.state_folder / "gate")],
+            config.state_folder / "gate.log",
+        )
+        try:
+            while not self.stop.is_set():
+                for kept in (service, gate):
+                    self._keep(kept)
+                self.stop.wait(0.5)
+        finally:
+            for kept in (gate, service):  # the gate first, so that nothing new arrives
+                if kept.process is not None:
+                    end_process(kept.process, 30.0)
+            self.tell("gate and site service have ended")
+
+    def _keep(self, kept: _Kept) -> None:
+        code = kept.ended()
+        if code is not None:
+            self.tell(
+                f"the {kept.name} has ended (exit code {code}); it is started again in "
+                f"{kept.not_before - time.monotonic():.0f} s; its log is {kept.log}"
+            )
+        if kept.process is None and time.monotonic() >= kept.not_before:
+            kept.start()
+            self.tell(f"the {kept.name} is running; its log is {kept.log}")
+
+
+def require_own_name(kit: Kit, config: SiteConfig) -> None:
+    """Check that kit and site file are of one site.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    if config.name != kit.config.site:
+        raise ConfigError(
+            f"site.toml says name = {config.name!r}, the kit in {kit.folder} is that of {kit.config.site!r}; "
+            f"write name = {kit.config.site!r}"
+        )

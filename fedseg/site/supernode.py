@@ -1,0 +1,231 @@
+"""Flower's SuperNode as a hospital runs it: started by us, with the one change that Flower offers no setting for.
+
+`GuardedFleetClient` takes the place of the class through which a SuperNode talks to its server. It shows the site's certificate
+to the fence (Flower knows no client certificates), it waits at the server for work instead of sleeping three seconds between
+looks, and it vouches for an app bundle only if the hospital has approved its bytes. The vouching uses Flower's own check of
+trusted entities: the trusted key is made when the gate starts and never leaves the process, so a bundle that was not approved is
+answered with Flower's "invalid bundle" before any of it is unpacked.
+
+This is the only place that reaches into Flower's internals at a site; `check_flower` fails loudly when they have changed.
+"""
+
+import base64
+import inspect
+import json
+import logging
+import os
+import socket as sockets
+import ssl
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+
+import httpx
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ed25519
+from flwr.supernode import fleet_http_connection, start_client_internal
+from flwr.supernode.fleet_http_client import FleetHttpClient
+
+from fedseg.coordinator.bundle import bundle_digest
+from fedseg.errors import ConfigError, KitError
+from fedseg.kit import Kit
+from fedseg.site.approval import is_approved
+
+log = logging.getLogger(__name__)
+
+ENTITY = "fedseg-site-approval"
+LOOK_AGAIN = (0.2, 1.0)
+"""Shortest and longest pause in seconds between two looks for work."""
+LOOKS_SECONDS = 20.0
+"""How long one call looks for work before it says that there is none."""
+NOT_NOW = (429, 500, 502, 503, 504)
+BUSY_SECONDS = 300.0
+"""How long a coordinator that answers so is asked again."""
+
+
+class GuardedFleetClient(FleetHttpClient):
+    """Talks to the server for one site; configured by `run_supernode` before Flower makes one."""
+
+    kit: ClassVar[Kit]
+    vouch: ClassVar[ed25519.Ed25519PrivateKey]
+
+    @classmethod
+    def from_server_address(
+        cls,
+        server_address: str,
+        insecure: bool,
+        root_certificates: bytes | str | None,
+        interceptors: Sequence[Any],
+        *,
+        retry_invoker: Any = None,
+    ) -> "GuardedFleetClient":
+        """TLS 1.3 or nothing: the study's authority and no other, the site's certificate shown."""
+        if insecure or root_certificates is None:
+            raise ConfigError("a gate speaks TLS only")
+        return cls(
+            f"https://{server_address}",
+            interceptors=interceptors,
+            verify=tls_context(cls.kit),
+            retry_invoker=retry_invoker,
+        )
+
+    def _unary_unary(self, **call: Any) -> Any:
+        """Ask again when the fence says "not now": Flower would throw the site's answer away."""
+        end, pause = time.monotonic() + BUSY_SECONDS, 0.5
+        while True:
+            try:
+                return super()._unary_unary(**call)
+            except httpx.HTTPStatusError as error:
+                if error.response.status_code not in NOT_NOW or time.monotonic() > end:
+                    raise
+                log.warning("%s: the coordinator answered %d", call["path"], error.response.status_code)
+            time.sleep(pause)
+            pause = min(2 * pause, 10.0)
+
+    def PullMessages(self, request: Any) -> Any:  # noqa: N802
+        """Look for work until there is some, or for a while."""
+        end, pause = time.monotonic() + LOOKS_SECONDS, LOOK_AGAIN[0]
+        while True:
+            response = super().PullMessages(request)
+            if response.messages_list or time.monotonic() > end:
+                return response
+            time.sleep(pause)
+            pause = min(1.5 * pause, LOOK_AGAIN[1])
+
+    def GetFab(self, request: Any) -> Any:  # noqa: N802
+        """Fetch a bundle, and vouch for it if the hospital has approved it; what others say about it does not count."""
+        response = super().GetFab(request)
+        response.fab.verifications.clear()
+        content = bytes(response.fab.content)
+        if is_approved(self.kit.folder, content):
+            response.fab.verifications.update(_vouched(content, self.vouch))
+        else:
+            log.error(
+                "refused app bundle %s: it is not approved here; `fedseg site approve` shows and approves one",
+                bundle_digest(content),
+            )
+        return response
+
+
+def run_supernode(kit: Kit, socket: Path, *, home: Path, port: int = 0) -> None:
+    """Run a gate until SIGTERM.
+
+    Args:
+        kit: the site's.
+        socket: of the site service.
+        home: for Flower's own files.
+        port: on the loopback device, for the processes that the SuperNode starts; 0: any.
+
+    Raises:
+        ConfigError: Flower is of another release.
+    """
+    check_flower()
+    os.environ["FLWR_HOME"] = str(home)
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    os.environ.setdefault("FLWR_SUPEREXEC_TASK_POLL_INTERVAL", "0.2")
+    GuardedFleetClient.kit = kit
+    GuardedFleetClient.vouch = ed25519.Ed25519PrivateKey.generate()
+    vars(fleet_http_connection)["FleetHttpClient"] = GuardedFleetClient
+    entities = home / "trusted-entity.yaml"
+    public = GuardedFleetClient.vouch.public_key().public_bytes(
+        serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+    )
+    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    entities.write_text(json.dumps({ENTITY: public.decode()}))
+    from flwr.supernode.cli.flower_supernode import flower_supernode
+
+    logging.getLogger("flwr").propagate = False  # it has a handler of its own
+    with _as_openssh(kit.key) as key:
+        sys.argv = _arguments(kit, key, entities, socket, port or free_port())
+        flower_supernode()
+
+
+def _arguments(kit: Kit, key: Path, entities: Path, socket: Path, port: int) -> list[str]:
+    return [
+        "flower-supernode",
+        "--superlink", kit.config.coordinator,
+        "--root-certificates", str(kit.ca),
+        "--auth-supernode-private-key", str(key),
+        "--trusted-entities", str(entities),
+        "--node-config", f"socket={json.dumps(str(socket.absolute()))}",
+        "--host", "127.0.0.1",
+        "--port", str(port),
+    ]  # fmt: skip
+
+
+def check_flower() -> None:
+    """See whether Flower still has what this module holds on to.
+
+    Raises:
+        ConfigError: it has not.
+    """
+    wanted = {
+        "FleetHttpClient": getattr(fleet_http_connection, "FleetHttpClient", None),
+        "http_request_response": getattr(start_client_internal, "http_request_response", None),
+        "_verify_fab": getattr(start_client_internal, "_verify_fab", None),
+    }
+    missing = [name for name, found in wanted.items() if found is None]
+    source = inspect.getsource(fleet_http_connection) + inspect.getsource(start_client_internal)
+    if missing or "FleetHttpClient.from_server_address(" not in source or "valid_license" not in source:
+        from flwr.supercore.version import package_version
+
+        raise ConfigError(
+            f"flwr {package_version} keeps its bundle check elsewhere ({', '.join(missing) or 'another call'}); "
+            "a gate without that check is not started. Install flwr>=1.41,<1.42"
+        )
+
+
+def tls_context(kit: Kit) -> ssl.SSLContext:
+    """TLS 1.3, the study's authority, the site's certificate.
+
+    Raises:
+        KitError: key and certificate do not belong together.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.load_verify_locations(cafile=kit.ca)
+    try:
+        context.load_cert_chain(kit.certificate, kit.key)
+    except ssl.SSLError as error:
+        raise KitError(f"{kit.key}: does not belong to {kit.certificate.name}: {error.reason}") from error
+    return context
+
+
+def _vouched(content: bytes, key: ed25519.Ed25519PrivateKey) -> dict[str, str]:
+    """What Flower's check looks for: a signature over the bundle's digest and a time, and the mark of a server that checks."""
+    from hashlib import sha256
+
+    from flwr.supercore.primitives.asymmetric_ed25519 import create_message_to_sign
+
+    now = int(time.time())
+    signature = base64.urlsafe_b64encode(key.sign(create_message_to_sign(sha256(content).digest(), now))).decode()
+    return {"valid_license": "fedseg", ENTITY: json.dumps({"signed_at": now, "signature": signature})}
+
+
+@contextmanager
+def _as_openssh(path: Path) -> Iterator[Path]:
+    """The site's key as Flower reads it, in a file without a name."""
+    key = serialization.load_pem_private_key(path.read_bytes(), None)
+    with tempfile.TemporaryFile() as file:
+        file.write(
+            key.private_bytes(
+                serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
+            )
+        )
+        file.flush()
+        file.seek(0)
+        yield Path(f"/dev/fd/{file.fileno()}")
+
+
+def free_port() -> int:
+    """A port of the loopback device that nobody listens on just now."""
+    with sockets.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
