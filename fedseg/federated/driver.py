@@ -203,6 +203,7 @@ class _Run:
             sums=answer.sums,
             training=answer.training,
             quarantined=answer.quarantined,
+            manifest=answer.manifest,
         )
         attempt.accepted[answer.site] = accepted
         reach("update-folded")

@@ -55,6 +55,8 @@ class AcceptedUpdate:
     sums: Mapping[str, float]
     training: Mapping[str, float]
     quarantined: Mapping[str, int]
+    manifest: str = ""
+    """Digest of the site's data manifest."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ row names; it is removed when the run is resumed. A crash after the commit loses
 
 import fcntl
 import json
+import logging
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping
@@ -18,11 +19,13 @@ from fedseg.config import Experiment
 from fedseg.errors import StoreError
 from fedseg.federated.checkpoint import load_state, save_state
 from fedseg.federated.faults import reach
-from fedseg.federated.rounds import RoundReport, ServerState
+from fedseg.federated.rounds import AcceptedUpdate, RoundReport, ServerState
 from fedseg.federated.weights import digest
 
+log = logging.getLogger(__name__)
+
 CHECKPOINTS_KEPT = 2
-VERSION = 1
+VERSION = 2
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS runs (
@@ -34,7 +37,8 @@ CREATE TABLE IF NOT EXISTS rounds (
     weights_sha256 TEXT NOT NULL, PRIMARY KEY (run, server_round));
 CREATE TABLE IF NOT EXISTS updates (
     run TEXT NOT NULL REFERENCES runs, server_round INTEGER NOT NULL, site TEXT NOT NULL, status TEXT NOT NULL,
-    reason TEXT, num_cases INTEGER, norm REAL, bytes INTEGER, seconds REAL, training TEXT, quarantined TEXT);
+    reason TEXT, num_cases INTEGER, norm REAL, bytes INTEGER, seconds REAL, training TEXT, quarantined TEXT,
+    manifest TEXT);
 CREATE TABLE IF NOT EXISTS metrics (
     run TEXT NOT NULL REFERENCES runs, server_round INTEGER NOT NULL, site TEXT NOT NULL, name TEXT NOT NULL,
     value REAL NOT NULL, PRIMARY KEY (run, server_round, site, name));
@@ -42,7 +46,7 @@ CREATE TABLE IF NOT EXISTS events (
     id INTEGER PRIMARY KEY, run TEXT NOT NULL REFERENCES runs, time REAL NOT NULL, kind TEXT NOT NULL,
     server_round INTEGER, site TEXT, detail TEXT);
 CREATE INDEX IF NOT EXISTS updates_by_round ON updates (run, server_round);
-PRAGMA user_version = 1;
+PRAGMA user_version = 2;
 """
 
 SiteScores = Mapping[str, Mapping[str, float]]
@@ -71,6 +75,9 @@ class RunStore:
             version = self._db.execute("PRAGMA user_version").fetchone()[0]
             if version == 0:
                 self._db.executescript(SCHEMA)
+            elif version == 1:  # before sites had data manifests
+                self._db.execute("ALTER TABLE updates ADD COLUMN manifest TEXT")
+                self._db.execute(f"PRAGMA user_version = {VERSION}")
         except sqlite3.DatabaseError as error:
             raise StoreError(f"{directory / 'store.sqlite'}: not a run store: {error}") from error
         if version > VERSION:
@@ -213,16 +220,31 @@ class RunStore:
         reach("checkpoints-pruned")
 
     def _write_updates(self, report: RoundReport) -> None:
-        insert = "INSERT INTO updates VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+        insert = "INSERT INTO updates VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
         for update in report.accepted:
+            self._notice_changed_data(report.server_round, update)
             self._db.execute(
                 insert,
                 (self.run, report.server_round, update.site, "accepted", None, update.num_cases, update.norm,
-                 update.num_bytes, update.seconds, json.dumps(dict(update.training)), json.dumps(dict(update.quarantined))),
+                 update.num_bytes, update.seconds, json.dumps(dict(update.training)), json.dumps(dict(update.quarantined)),
+                 update.manifest),
             )  # fmt: skip
         for failure in report.failures:
             values = (self.run, report.server_round, failure.site, failure.kind, failure.reason)
-            self._db.execute(insert, (*values, None, None, None, None, None, None))
+            self._db.execute(insert, (*values, None, None, None, None, None, None, None))
+
+    def _notice_changed_data(self, server_round: int, update: AcceptedUpdate) -> None:
+        """A site whose data manifest has another digest than in its last round trains on other data."""
+        row = self._row(
+            "SELECT manifest, server_round FROM updates WHERE run = ? AND site = ? AND manifest != '' AND server_round < ? "
+            "ORDER BY server_round DESC LIMIT 1",
+            self.run,
+            update.site,
+            server_round,
+        )
+        if row and update.manifest and row[0] != update.manifest:
+            log.warning("the data of %s have changed since round %d", update.site, row[1])
+            self.event("data-changed", server_round, update.site, f"since round {row[1]}")
 
     def _write_metrics(self, server_round: int, metrics: SiteScores) -> None:
         for site, values in metrics.items():

@@ -140,7 +140,7 @@ def test_tensors_of_any_other_type_are_decoded_for_screening_or_are_no_message(d
     header = {
         "w": {"dtype": dtype, "shape": [], "data_offsets": [0, 8 if dtype == "I64" else 2 if "16" in dtype else 1]}
     }
-    header["__metadata__"] = {"fedseg": json.dumps({"format": 1, "kind": "update"} | UPDATE.header())}
+    header["__metadata__"] = {"fedseg": json.dumps({"format": FORMAT, "kind": "update"} | UPDATE.header())}
     text = json.dumps(header).encode()
     data = len(text).to_bytes(8, "little") + text + bytes(header["w"]["data_offsets"][1])
     try:

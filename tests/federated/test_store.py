@@ -1,5 +1,7 @@
 import json
 import sqlite3
+from contextlib import closing
+from dataclasses import replace
 
 import pytest
 
@@ -139,7 +141,7 @@ def test_a_store_of_a_later_release_is_refused(tmp_path):
     database = sqlite3.connect(tmp_path / "store.sqlite")
     database.execute("PRAGMA user_version = 99")
     database.close()
-    with pytest.raises(StoreError, match="version 99 is not 1"):
+    with pytest.raises(StoreError, match="version 99 is not 2"):
         RunStore(tmp_path)
 
 
@@ -156,3 +158,27 @@ def test_two_processes_cannot_run_one_run(tmp_path):
     assert second.resume(experiment).server_round == 0
     second.close()
     other.close()
+
+
+def test_changed_data_of_a_site_are_noticed_once(tmp_path, caplog):
+    experiment = toy_experiment(rounds=3)
+    manifests = {1: "a" * 64, 2: "b" * 64, 3: "b" * 64}
+
+    def with_manifest(site, instructions, answer):
+        return replace(answer, manifest=manifests.get(instructions.server_round, "") if site == "B" else "c" * 64)
+
+    run_toy(experiment, tmp_path, fleet=changed_fleet(with_manifest))
+    events = rows(tmp_path, "SELECT server_round, site, detail FROM events WHERE kind = 'data-changed'")
+    assert events == [{"server_round": 2, "site": "B", "detail": "since round 1"}]
+    assert "the data of B have changed" in caplog.text
+
+
+def test_a_store_from_before_data_manifests_is_taken_over(tmp_path):
+    experiment = toy_experiment(rounds=2)
+    run_toy(experiment, tmp_path)
+    with closing(sqlite3.connect(tmp_path / "store.sqlite")) as database:
+        database.executescript("ALTER TABLE updates DROP COLUMN manifest; PRAGMA user_version = 1")
+    store = RunStore(tmp_path)
+    assert store.resume(experiment).server_round == 2
+    assert {row["manifest"] for row in store.rows("SELECT manifest FROM updates")} == {None}
+    store.close()
