@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedseg.cli.site_audit import app as audit_app
+from fedseg.cli.site_check import check
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="A hospital's side of a study: check, start, look at what happened.")
 app.add_typer(audit_app, name="audit")
+app.command()(check)
 
 KitFolder = Annotated[Path, typer.Argument(help="The kit's folder.")]
 SiteFile = Annotated[Path | None, typer.Option("--site", help="Site file; absent: site.toml in the kit.")]
