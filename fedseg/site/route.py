@@ -178,6 +178,8 @@ def _secured(plain: socket.socket, context: ssl.SSLContext, kit: Kit) -> Iterato
             )
         remedy = "tell the coordinator; if its certificate is fine, this machine's clock is wrong"
         _unreachable(f"{host}: the server's certificate is not accepted: {error.verify_message}", remedy)
+    except ssl.SSLEOFError:
+        _unreachable(f"{host}: the connection was cut during the handshake", "ask the network's administrators")
     except ssl.SSLError as error:
         reason = (error.reason or "").lower().replace("_", " ")
         _unreachable(
@@ -203,7 +205,8 @@ def _ask(kit: Kit, secured: ssl.SSLSocket) -> Answer:
     except TimeoutError:
         _unreachable("the coordinator did not answer the request", "try again; then ask the coordinator")
     except (RemoteDisconnected, OSError) as error:
-        why = f": {(error.reason or '').lower().replace('_', ' ')}" if isinstance(error, ssl.SSLError) else ""
+        reason = error.reason if isinstance(error, ssl.SSLError) else None  # a fence of nginx gives none: it hangs up
+        why = f": {reason.lower().replace('_', ' ')}" if reason else ""
         _unreachable(
             f"the coordinator refused this site's certificate{why}",
             "it is revoked, expired, or replaced by a newer one: ask the coordinator",
