@@ -33,8 +33,11 @@ PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+TamePositiveInt = Annotated[int, Field(gt=0, le=100_000)]
+"""A number of things that are all in memory at once, or done one after the other."""
 Size3D = tuple[PositiveInt, PositiveInt, PositiveInt]
-Spacing3D = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
+Millimetres = Annotated[float, Field(ge=0.01, le=50)]
+Spacing3D = tuple[Millimetres, Millimetres, Millimetres]
 
 
 def _plain_value(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
@@ -182,9 +185,9 @@ class TrainingConfig(Section):
 
     patch_size: Size3D
     """Training patch in voxels `(D, H, W)`; volumes smaller than that are padded."""
-    batch_size: PositiveInt = 2
+    batch_size: TamePositiveInt = 2
     """Patches per step."""
-    steps_per_epoch: PositiveInt | None = None
+    steps_per_epoch: TamePositiveInt | None = None
     """Steps that count as one epoch; absent: one patch of each training case."""
     foreground_share: Fraction = 0.33
     """Share of patches that are centred on a foreground voxel."""
@@ -211,8 +214,8 @@ class TrainingConfig(Section):
 class EvaluationConfig(Section):
     """How a model is scored."""
 
-    overlap: Annotated[float, Field(ge=0, lt=1)] = 0.5
-    """Overlap of neighbouring windows in sliding-window inference, blended with a Gaussian."""
+    overlap: Annotated[float, Field(ge=0, le=0.9)] = 0.5
+    """Overlap of neighbouring windows in sliding-window inference, blended with a Gaussian; 0.9 is 1000 times the work."""
     surface_tolerance: PositiveFloat = 1.0
     """Tolerance of the surface Dice in mm."""
     surface_metrics: bool = False
@@ -384,7 +387,11 @@ def load_section(kind: type[S], path: Path) -> S:
     Raises:
         ConfigError: the file is missing, is no TOML, or does not validate.
     """
-    return validate_section(kind, json.dumps(read_toml(path), default=str), source=str(path))
+    try:
+        document = json.dumps(read_toml(path), default=str)
+    except (ValueError, RecursionError) as error:  # keys with a thousand dots, numbers of 5000 digits
+        raise ConfigError(f"{path}: no configuration is nested so deeply or holds such numbers: {error}") from None
+    return validate_section(kind, document, source=str(path))
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -397,8 +404,10 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: not a readable TOML file: {error}") from error
+    except RecursionError:
+        raise ConfigError(f"{path}: not a readable TOML file: tables or lists are nested too deeply") from None
 
 
 def validate_section(kind: type[S], document: str, *, source: str) -> S:

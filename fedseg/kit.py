@@ -62,6 +62,8 @@ class KitConfig(Section):
     """The hospital's name in the federation."""
     coordinator: str
     """Where sites connect to, as `host:port`; an IPv6 address stands in brackets."""
+    superlink_port: Annotated[int, Field(gt=0, lt=65536)] | None = None
+    """At the coordinator: port of the SuperLink on the loopback device, to which the fence passes requests on."""
 
     @field_validator("coordinator")
     @classmethod

@@ -20,8 +20,10 @@ State = Annotated[
 def start(
     kit: KitFolder = Path(),
     state: State = None,
-    port: Annotated[int, typer.Option(help="Loopback port of the SuperLink; as in nginx.conf.")] = 18000,
-    health: Annotated[int, typer.Option(help="Loopback port of its gRPC health service.")] = 18001,
+    health: Annotated[
+        int | None,
+        typer.Option(help="Loopback port of the gRPC health service; absent: the one after the SuperLink's."),
+    ] = None,
     wait_for_sites: Annotated[
         int, typer.Option(help="Sites that must be connected before round 1; 0: the experiment's quorum.")
     ] = 0,
@@ -40,15 +42,17 @@ def start(
         raise ConfigError(
             f"{folder}: the study was stopped on {(folder / 'stopped').read_text().strip()}; `fedseg server resume` goes on"
         )
-    _run(kit, folder, port, health, wait_for_sites, fence)
+    _run(kit, folder, health, wait_for_sites, fence)
 
 
 @app.command()
 def resume(
     kit: KitFolder = Path(),
     state: State = None,
-    port: Annotated[int, typer.Option(help="Loopback port of the SuperLink; as in nginx.conf.")] = 18000,
-    health: Annotated[int, typer.Option(help="Loopback port of its gRPC health service.")] = 18001,
+    health: Annotated[
+        int | None,
+        typer.Option(help="Loopback port of the gRPC health service; absent: the one after the SuperLink's."),
+    ] = None,
     wait_for_sites: Annotated[
         int, typer.Option(help="Sites that must be connected before the next round; 0: the experiment's quorum.")
     ] = 0,
@@ -59,7 +63,7 @@ def resume(
     """Go on with a study that was stopped, after its last finished round."""
     folder = state or kit / "state"
     (folder / "stopped").unlink(missing_ok=True)
-    _run(kit, folder, port, health, wait_for_sites, fence)
+    _run(kit, folder, health, wait_for_sites, fence)
 
 
 @app.command()
@@ -70,7 +74,7 @@ def stop(kit: KitFolder = Path(), state: State = None) -> None:
     import time
     from datetime import datetime
 
-    from fedseg.coordinator.supervisor import is_supervised, read_status
+    from fedseg.coordinator.state import is_supervised, read_status
 
     folder = state or kit / "state"
     status = read_status(folder)
@@ -99,7 +103,7 @@ def status(
 
     from rich.console import Console
 
-    from fedseg.coordinator.supervisor import is_supervised, read_status
+    from fedseg.coordinator.state import is_supervised, read_status
     from fedseg.coordinator.watch import overview
 
     folder = state or kit / "state"
@@ -142,12 +146,13 @@ def logs(
                 time.sleep(0.3)
 
 
-def _run(kit: Path, state: Path, port: int, health: int, wait_for_sites: int, fence: bool) -> None:
+def _run(kit: Path, state: Path, health: int | None, wait_for_sites: int, fence: bool) -> None:
     import signal
     from datetime import datetime
 
     from rich.console import Console
 
+    from fedseg.coordinator.fence import SUPERLINK_PORT
     from fedseg.coordinator.supervisor import Plan, Supervisor
     from fedseg.errors import KitError
     from fedseg.kit import load_kit
@@ -156,8 +161,9 @@ def _run(kit: Path, state: Path, port: int, health: int, wait_for_sites: int, fe
     if opened.config.role != "coordinator":
         raise KitError(f"{kit}: is the kit of site {opened.config.site}; the server needs the coordinator's")
     console = Console(highlight=False, soft_wrap=True, markup=False)
+    port = opened.config.superlink_port or SUPERLINK_PORT
     supervisor = Supervisor(
-        Plan(opened, state.absolute(), port, health, wait_for_sites, fence=fence),
+        Plan(opened, state.absolute(), port, health or port + 1, wait_for_sites, fence=fence),
         tell=lambda text: console.print(f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}"),
     )
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -48,9 +48,29 @@ def start(kit: KitFolder = Path(), site: SiteFile = None) -> None:
 
 
 @app.command()
-def serve(site: Annotated[Path, typer.Argument(help="Site file.")]) -> None:
-    """Run the site service alone: data and device, no network. It answers on the site file's socket."""
+def serve(
+    site: Annotated[Path, typer.Argument(help="Site file.")],
+    network: Annotated[
+        bool,
+        typer.Option("--network/--no-network", help="--no-network: do not start unless the network can be taken away."),
+    ] = True,
+) -> None:
+    """Run the site service alone: data and device, no network. It answers on the site file's socket.
+
+    Where the system allows it, the process gives up the network for good before it reads anything.
+    """
     import logging
+
+    from fedseg.errors import ConfigError
+    from fedseg.site.isolation import leave_network
+
+    if not leave_network():
+        if not network:
+            raise ConfigError(
+                "this system grants no network namespace of one's own (root, or user namespaces for everybody); start without "
+                "--no-network and take the network away otherwise: deploy/README.md"
+            )
+        typer.echo("this process still has the network: the system grants no namespace; see deploy/README.md", err=True)
 
     from fedseg.site.config import load_site
     from fedseg.site.service import serve as serve_site

@@ -45,7 +45,15 @@ class Contents:
         """`kit.toml` of a site, or of the server."""
         study = self.study.config
         role: Role = "coordinator" if site is None else "site"
-        return KitConfig(format=1, study=study.name, role=role, site=site, coordinator=study.coordinator.address)
+        port = study.coordinator.superlink_port if site is None else None
+        return KitConfig(
+            format=1,
+            study=study.name,
+            role=role,
+            site=site,
+            coordinator=study.coordinator.address,
+            superlink_port=port,
+        )
 
     def of_coordinator(
         self, ledger: Ledger, server: x509.Certificate, loopback: x509.Certificate, crl: bytes, now: datetime
@@ -58,7 +66,16 @@ class Contents:
             fingerprint=self.fingerprint,
             expires=min(server.not_valid_after_utc, loopback.not_valid_after_utc),
         )
-        fence = nginx_configuration(Path(COORDINATOR), ledger.roster, config.host, config.port, now=now)
+        coordinator = self.study.config.coordinator
+        fence = nginx_configuration(
+            Path(COORDINATOR),
+            ledger.roster,
+            config.host,
+            config.port,
+            listen=coordinator.listen,
+            superlink_port=coordinator.superlink_port,
+            now=now,
+        )
         files: dict[str, Content] = {
             **self._of_both(config, readme),
             "server.crt": certificate_pem(server),

@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from pydantic import Field, field_validator, model_validator
 
 from fedseg.config import Experiment, PositiveInt, Section, load_section
+from fedseg.coordinator.fence import SUPERLINK_PORT
 from fedseg.errors import ConfigError
 from fedseg.kit import Name
 
@@ -38,6 +39,18 @@ class CoordinatorConfig(Section):
     """Further DNS names and IP addresses under which it may be reached."""
     organisation: Line | None = None
     """Stands in the certificates of the authority and of the server."""
+    listen: str = "0.0.0.0"
+    """Address of the network device on which the fence listens; `::` for all of IPv6."""
+    superlink_port: Annotated[int, Field(gt=0, lt=65536)] = SUPERLINK_PORT
+    """Port of the SuperLink on the loopback device."""
+
+    @field_validator("listen")
+    @classmethod
+    def _listen_is_an_address(cls, address: str) -> str:
+        try:
+            return str(ipaddress.ip_address(address))
+        except ValueError:
+            raise ValueError("must be the IP address of a network device here; 0.0.0.0 is all of them") from None
 
     @field_validator("host")
     @classmethod

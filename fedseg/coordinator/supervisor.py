@@ -1,13 +1,7 @@
 """Keeps a study running: the SuperLink, the registered keys, the run; whatever dies is started again.
 
-A run that ended is submitted anew and goes on after its last committed round. What is known about that lies in one state folder,
-so that a supervisor that was killed, or a machine that was restarted, goes on where it was:
-
-    status.json       what is going on, for `fedseg server status`
-    sites.json        node numbers and the names of the sites that own their keys, for the ServerApp
-    run/              the run directory: run store, checkpoints, models, server.log
-    superlink.db      Flower's state, the registered keys among it
-    stopped           somebody has stopped the study; `resume` removes it
+A run that ended is submitted anew and goes on after its last committed round. What is known about that lies in one state folder
+(`fedseg.coordinator.state`), so that a supervisor that was killed, or a machine that was restarted, goes on where it was.
 """
 
 import contextlib
@@ -16,7 +10,6 @@ import json
 import logging
 import os
 import signal
-import sqlite3
 import subprocess
 import threading
 import time
@@ -29,14 +22,14 @@ from typing import Any
 from fedseg.config import Experiment, load_experiment
 from fedseg.coordinator.between import Member, last_error, write_who
 from fedseg.coordinator.fence import SUPERLINK_PORT, public_pem
+from fedseg.coordinator.state import RUN, finished, holder, is_held, query, rounds_done
 from fedseg.coordinator.superlink import REVOKED, Control, start_superlink
 from fedseg.errors import ConfigError, FedsegError, KitError, SuperLinkError
 from fedseg.kit import Kit, Roster, load_roster
-from fedseg.processes import end_process
+from fedseg.processes import die_with_parent, end_process
 
 log = logging.getLogger(__name__)
 
-RUN = "federated"
 LOOK_SECONDS = 0.5
 """Between two looks at everything."""
 ADMIT_SECONDS = 2.0
@@ -117,6 +110,7 @@ class Supervisor:
     _fence_files: tuple[float, ...] = ()
     _links: _Backoff = field(default_factory=_Backoff)
     _runs: _Backoff = field(default_factory=_Backoff)
+    _fences: _Backoff = field(default_factory=_Backoff)
     _held: bool = False
     _restarts: dict[str, int] = field(default_factory=lambda: {"superlink": 0, "run": 0, "fence": 0})
 
@@ -238,7 +232,7 @@ class Supervisor:
     def _keep_run(self, bundle: bytes) -> None:
         assert self._control is not None
         if self._run_id is None:
-            if self._runs.over:
+            if self._runs.over and self._no_other_is_running():
                 self._submit(bundle, self._control)
             return
         held = is_held(self.plan.run_directory)
@@ -263,11 +257,19 @@ class Supervisor:
             "run-directory": str(plan.run_directory.absolute()),
             "sites": str(plan.sites.absolute()),
             "resume": True,
-            "wait-for-sites": plan.wait_for_sites,
+            "wait-for-sites": 0 if rounds_done(plan.run_directory) else plan.wait_for_sites,
             "wait-seconds": plan.wait_seconds,
         }
         self._run_id, self._held = control.submit(bundle, settings), False
         self.tell(f"run {self._run_id} is submitted; it goes on after round {rounds_done(plan.run_directory)}")
+
+    def _no_other_is_running(self) -> bool:
+        """End a ServerApp that has outlived its SuperLink: it could not send anything, but it holds the run."""
+        pid = holder(self.plan.run_directory)
+        if pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return pid is None
 
     def _run_ended(self, why: str) -> None:
         self._run_id, self._held = None, False
@@ -287,12 +289,25 @@ class Supervisor:
             return
         if self._fence is not None:
             self._restarts["fence"] += 1
+            pause = self._fences.failed(None)
+            self._trouble(
+                f"the fence has ended (exit code {self._fence.returncode}); it is started again in {pause:.0f} s"
+            )
+            self._fence = None
+        if not self._fences.over:
+            return
         folder = self.plan.state / "nginx"
         folder.mkdir(exist_ok=True)
         command = ["nginx", "-c", str(self.plan.kit.folder.absolute() / "nginx.conf"), "-p", f"{folder.absolute()}/"]
         try:
             with (self.plan.state / "nginx.log").open("ab") as output:
-                self._fence = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+                self._fence = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    preexec_fn=die_with_parent,
+                )
         except FileNotFoundError:
             raise ConfigError(
                 "nginx is not installed; install it, or run the fence elsewhere (deploy/README.md)"
@@ -337,47 +352,6 @@ class Supervisor:
             self._write_status("stopped")
 
 
-def finished(run_directory: Path) -> bool:
-    """Whether the closing evaluation is in the run store and the model file is written."""
-    if not (run_directory / "models" / f"{RUN}.safetensors").exists():
-        return False
-    return bool(query(run_directory, "SELECT 1 FROM runs WHERE run = ? AND finished IS NOT NULL", RUN))
-
-
-def rounds_done(run_directory: Path) -> int:
-    """Number of committed rounds."""
-    rows = query(run_directory, "SELECT max(server_round) FROM rounds WHERE run = ?", RUN)
-    return int(rows[0][0] or 0) if rows else 0
-
-
-def is_held(run_directory: Path) -> bool:
-    """Whether a process is running the run: it holds a lock that the system takes from it when it ends."""
-    return _is_locked(run_directory / f".{RUN}.lock")
-
-
-def _is_locked(path: Path) -> bool:
-    try:
-        with path.open("rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
-
-
-def query(run_directory: Path, statement: str, *values: object) -> list[tuple[Any, ...]]:
-    """Rows of a run store that another process may be writing; none while it is being made."""
-    path = run_directory / "store.sqlite"
-    if not path.exists():
-        return []
-    try:
-        with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=5)) as database:
-            return database.execute(statement, values).fetchall()
-    except sqlite3.Error:  # being made, or being repaired
-        return []
-
-
 def _check_same_study(plan: Plan, experiment: Experiment) -> None:
     rows = query(plan.run_directory, "SELECT digest, name FROM runs WHERE run = ?", RUN)
     if rows and rows[0][0] != experiment.digest():
@@ -387,27 +361,6 @@ def _check_same_study(plan: Plan, experiment: Experiment) -> None:
         )
     if not plan.kit.app.exists():
         raise KitError(f"{plan.kit.app}: is missing; provision again with --app")
-
-
-def read_status(state: Path) -> dict[str, Any]:
-    """What the supervisor has written down last.
-
-    Raises:
-        ConfigError: no study was ever started there.
-    """
-    path = state / "status.json"
-    try:
-        found: dict[str, Any] = json.loads(path.read_bytes())
-        return found
-    except (OSError, ValueError):
-        raise ConfigError(
-            f"{path}: no study was started there; `fedseg server start` does, --state says where"
-        ) from None
-
-
-def is_supervised(state: Path) -> bool:
-    """Whether a supervisor is running there."""
-    return _is_locked(state / ".supervisor.lock")
 
 
 @contextlib.contextmanager
@@ -421,17 +374,18 @@ def _alone(state: Path) -> Iterator[None]:
 
 
 def _end_leftovers(state: Path) -> None:
-    """End a SuperLink that outlived its supervisor; its ports are needed."""
-    try:
-        pid = int((state / "superlink.pid").read_text())
-        command = Path(f"/proc/{pid}/cmdline").read_bytes()
-    except (OSError, ValueError):
-        return
-    if str(state.absolute()).encode() not in command:
-        return
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGTERM)
-        for _ in range(50):
-            os.kill(pid, 0)
-            time.sleep(0.1)
-        os.kill(pid, signal.SIGKILL)
+    """End a SuperLink and a fence that outlived their supervisor; their ports are needed."""
+    for file in (state / "superlink.pid", state / "nginx" / "nginx.pid"):
+        try:
+            pid = int(file.read_text())
+            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        except (OSError, ValueError):
+            continue
+        if str(state.absolute()).encode() not in command:  # the number is another process' by now
+            continue
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+            for _ in range(50):
+                os.kill(pid, 0)
+                time.sleep(0.1)
+            os.kill(pid, signal.SIGKILL)

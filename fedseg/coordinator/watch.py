@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedseg.coordinator.between import read_who
-from fedseg.coordinator.supervisor import RUN, query
+from fedseg.coordinator.state import RUN, query
 from fedseg.errors import ConfigError
 
 

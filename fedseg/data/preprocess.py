@@ -7,6 +7,7 @@ be used is quarantined with a reason and the site goes on with the others.
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,9 @@ FORMAT = 2
 
 FOREGROUND_SAMPLE = 2000
 """Voxels per structure that are kept as possible patch centres."""
+
+LARGEST_IMAGE = 2**31
+"""Values of one prepared image, 8 GiB: the study chooses the spacing, the hospital has the memory."""
 
 Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 
@@ -258,6 +262,11 @@ def _prepare(volume: Volume, config: DataConfig) -> tuple[NDArray[np.float32], P
     image = normalise(cropped, config)
     if config.spacing is not None:
         shape = resampled_shape(shape, volume.spacing, config.spacing)
+        if math.prod(shape) * len(image) > LARGEST_IMAGE:
+            raise CaseError(
+                Reason.ABSURD_SPACING,
+                f"at data.spacing = {config.spacing} it would have {math.prod(shape):.3g} voxels; use a larger spacing",
+            )
         image = resample_image(image, shape, volume.spacing)
     return image, PreparedGeometry(volume.geometry, box, shape)
 

@@ -31,7 +31,7 @@ _EXPLANATIONS = {
     Reason.WRONG_CHANNELS: "the image has another number of channels than the task",
     Reason.SHAPE_MISMATCH: "image channels, or image and label, differ in size, or a file is not 3D",
     Reason.AFFINE_MISMATCH: "image channels, or image and label, lie at different places in the scanner's frame",
-    Reason.ABSURD_SPACING: "the affine is singular or the voxel spacing is outside 0.01 to 50 mm",
+    Reason.ABSURD_SPACING: "the affine is singular or the voxel spacing is outside 0.01 to 50 mm, or the study's too fine",
     Reason.NON_FINITE: "the file holds NaN or infinite values",
     Reason.CONSTANT_IMAGE: "a channel has the same value everywhere",
     Reason.UNKNOWN_LABEL: "the label holds a value that the task does not name, or one that is no whole number",

@@ -17,7 +17,10 @@ Tensors = Mapping[str, NDArray[Any]]
 Buffer = bytes | bytearray | memoryview
 
 KEY = "fedseg"
-LARGEST_TABLE = 100_000_000
+LARGEST_TABLE = 16_000_000
+"""Bytes; parsed, a table takes some twenty times as much. A network of 10,000 tensors needs 1 MB."""
+MOST_AXES = 32
+"""Of one tensor: the product of a hundred thousand lengths would be computed for hours."""
 _TYPES = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "|i1",
     "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "|u1", "BOOL": "|b1",
@@ -83,6 +86,8 @@ def unpack(data: Buffer) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
 def _place(entry: Mapping[str, Any]) -> tuple[tuple[int, ...], int, int]:
     begin, end = entry["data_offsets"]
     shape = tuple(entry["shape"])
+    if len(shape) > MOST_AXES:
+        raise ValueError(f"a tensor has {len(shape)} axes, there can be {MOST_AXES}")
     if any(type(number) is not int or not 0 <= number < 2**62 for number in (begin, end, *shape)):
         raise ValueError("shapes and offsets must be whole numbers")
     return shape, begin, end

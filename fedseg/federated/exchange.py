@@ -36,18 +36,32 @@ def put_weights(model: nn.Module, weights: Mapping[str, FloatArray]) -> None:
     """Overwrite a network's weights.
 
     Raises:
-        ModelError: names or shapes differ from the network's.
+        ModelError: names, shapes or types differ from the network's.
+    """
+    check_weights(model, weights)
+    with torch.no_grad():
+        for name, tensor in _floating(model).items():
+            tensor.copy_(torch.from_numpy(np.require(weights[name], requirements=["C", "W", "A"])))
+
+
+def check_weights(model: nn.Module, weights: Mapping[str, FloatArray]) -> None:
+    """Check that weights are those of a network, which may be one without memory (on the device `meta`).
+
+    Raises:
+        ModelError: names, shapes or types differ from the network's.
     """
     tensors = _floating(model)
     if tensors.keys() != weights.keys():
-        raise ModelError(f"the weights are of another network: {sorted(tensors.keys() ^ weights.keys())[:4]} differ")
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            if tuple(tensor.shape) != weights[name].shape:
-                raise ModelError(
-                    f"the weights are of another network: {name} has shape {weights[name].shape}, not {tuple(tensor.shape)}"
-                )
-            tensor.copy_(torch.from_numpy(np.require(weights[name], requirements=["C", "W", "A"])))
+        differ = [name[:100] for name in sorted(tensors.keys() ^ weights.keys())[:4]]
+        raise ModelError(f"the weights are of another network: {differ} differ")
+    for name, tensor in tensors.items():
+        array = weights[name]
+        if array.shape != tuple(tensor.shape):
+            raise ModelError(
+                f"the weights are of another network: {name} has shape {array.shape}, not {tuple(tensor.shape)}"
+            )
+        if array.dtype != np.float32:
+            raise ModelError(f"the weights are of another network: {name} is {array.dtype}, not float32")
 
 
 def buffer_names(model: nn.Module) -> frozenset[str]:

@@ -66,6 +66,7 @@ class RoundInstructions:
         """
         types = {"server_round": int, "experiment": str, "train": bool, "evaluate": bool, "surface": bool}
         _check_fields("instructions", header, types)
+        _check_count("instructions", "server_round", header["server_round"])
         return cls(weights=tensors, **header)
 
 
@@ -129,6 +130,8 @@ class SiteUpdate:
             "manifest": str,
         }
         _check_fields("update", header, types)
+        for key in ("server_round", "num_cases"):
+            _check_count("update", key, header[key])
         numbers = {key: _numbers(key, header[key]) for key in ("sums", "training")}
         for reason, count in header["quarantined"].items():
             if not _is_name(reason) or type(count) is not int or not 0 <= count <= LARGEST_COUNT:
@@ -193,7 +196,14 @@ def _is_name(value: str) -> bool:
 
 def _check_fields(kind: str, header: Mapping[str, Any], types: Mapping[str, type]) -> None:
     if set(header) != set(types):
-        raise MessageError(f"{kind}: fields {sorted(set(header) ^ set(types))} are missing or unknown")
+        wrong = sorted(set(header) ^ set(types))
+        raise MessageError(f"{kind}: fields {[name[:LONGEST_NAME] for name in wrong[:8]]} are missing or unknown")
     for key, expected in types.items():
         if type(header[key]) is not expected:
             raise MessageError(f"{kind}: {key} must be {expected.__name__}, got {type(header[key]).__name__}")
+
+
+def _check_count(kind: str, key: str, value: int) -> None:
+    """Rounds and cases are counted in small numbers; a database, a file name or a power would stumble over others."""
+    if not 0 <= value <= LARGEST_COUNT:
+        raise MessageError(f"{kind}: {key} must be between 0 and {LARGEST_COUNT}")

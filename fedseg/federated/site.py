@@ -21,7 +21,7 @@ from fedseg.data.preprocess import PreparedCase, PreparedCohort, prepare_cohort,
 from fedseg.device import pick_device, seed_everything
 from fedseg.errors import ConfigError, SiteAbstained, TrainingDiverged
 from fedseg.evaluation import evaluate
-from fedseg.federated.exchange import anchor_of, buffer_names, private_names, put_weights, take_weights
+from fedseg.federated.exchange import anchor_of, buffer_names, check_weights, private_names, put_weights, take_weights
 from fedseg.federated.messages import Answer, RoundInstructions, SiteFailure, SiteUpdate
 from fedseg.federated.privacy import protect
 from fedseg.federated.private import PrivateTensors
@@ -39,6 +39,10 @@ AnswerRound = Callable[[RoundInstructions], SiteUpdate]
 """What a site is to the rest of the program."""
 Watch = Callable[[str, int, int], None]
 """Told what is being done, how much of it is done, and of how much; may raise `RoundCancelled` to end the round."""
+
+
+EXPERIMENTS_OPEN = 4
+"""Of so many experiments the volumes stay open; of a further one, the oldest gives way."""
 
 
 @dataclass(frozen=True)
@@ -77,11 +81,13 @@ class Site:
         Raises:
             SiteAbstained: too few of the site's cases are usable.
             ConfigError: the experiment does not validate here.
+            ModelError: the received weights are not those of the experiment's network.
             TrainingDiverged: the loss became non-finite.
             RoundCancelled: by `watch`.
             StoreError: the site's private tensors are damaged.
         """
         experiment = _parsed(instructions.experiment)
+        check_weights(outline(instructions.experiment), instructions.weights)  # before memory is taken for them
         torch.set_num_threads(self.config.threads)
         data = self.prepare(experiment)
         device = pick_device(self.config.device)
@@ -115,6 +121,8 @@ class Site:
         """Split the site's persons and preprocess their cases, once per experiment."""
         key = experiment.digest()
         if key not in self._data:
+            while len(self._data) >= EXPERIMENTS_OPEN:
+                del self._data[next(iter(self._data))]
             cache = Path(self.config.cache)
             training, validation = split_by_person(self.cohort(), experiment.data.validation_fraction, experiment.seed)
             self._data[key] = SiteData(
@@ -330,6 +338,16 @@ def warm_start(model: nn.Module, experiment: Experiment) -> WarmStart | None:
     report = load_pretrained(model, wanted.name, Path(wanted.pretrained), wanted.pretrained_part)
     log.info("warm start from %s", report)
     return report
+
+
+@lru_cache(maxsize=2)
+def outline(document: str) -> nn.Module:
+    """The network of an experiment without memory for its weights: what the received ones are compared with.
+
+    An experiment that asks for a network of a hundred gigabytes is so refused unless as many came with it.
+    """
+    with torch.device("meta"):
+        return new_model(_parsed(document))
 
 
 @lru_cache(maxsize=2)

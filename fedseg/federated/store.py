@@ -8,6 +8,7 @@ row names; it is removed when the run is resumed. A crash after the commit loses
 import fcntl
 import json
 import logging
+import os
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping
@@ -180,7 +181,7 @@ class RunStore:
         """Keep other processes from running the same run; the system lets go when this one ends, however it ends."""
         if self._lock is not None:
             return
-        lock = (self.directory / f".{self.run}.lock").open("wb")
+        lock = (self.directory / f".{self.run}.lock").open("ab")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -188,6 +189,9 @@ class RunStore:
             raise StoreError(
                 f"{self.directory}: another process is running {self.run!r}; wait for it or end it"
             ) from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()).encode())
+        lock.flush()
         self._lock = lock
 
     def _commit(

@@ -13,6 +13,11 @@ from fedseg.errors import ModelError
 
 Size = tuple[int, int, int]
 
+LARGEST_SIDE = 2048
+"""Voxels of a patch along one axis."""
+LARGEST_BATCH = 2**30
+"""Values in one batch of patches, input or output: 4 GiB. An experiment comes from outside and must not ask for all memory."""
+
 
 @dataclass(frozen=True)
 class Option:
@@ -175,12 +180,19 @@ def check_model(
     """Check, without torch, that a network exists and can be trained with such batches.
 
     Raises:
-        ModelError: unknown name, preset or option, or a batch that is too small for the network's statistics.
+        ModelError: unknown name, preset or option, or a batch that is too small for the network's statistics or too large
+            for any machine.
     """
     architecture, _, joined = resolve(name, preset, options)
     check_counts(name, in_channels, num_labels)
     if any(length < 1 for length in patch_size):
         raise ModelError(f"{name}: a patch needs at least one voxel per axis, got {tuple(patch_size)}")
+    values = batch_size * math.prod(patch_size) * max(in_channels, num_labels)
+    if max(patch_size) > LARGEST_SIDE or values > LARGEST_BATCH:
+        raise ModelError(
+            f"{name}: a batch of {batch_size} patches of {_by(patch_size)} with {max(in_channels, num_labels)} channels has"
+            f" {values:.3g} values; there can be {LARGEST_BATCH:.3g}, and {LARGEST_SIDE} voxels along an axis"
+        )
     stride = architecture.stride(joined)
     per_sample = architecture.per_sample(joined)
     counting = [i for i, axis in enumerate("DHW") if not (per_sample and axis == joined.get("slice_axis"))]
@@ -244,10 +256,10 @@ _RWKV_SIZES: Mapping[str, Mapping[str, Any]] = {
     "b": {"depths": (3, 3, 6, 3), "widths": (48, 72, 144, 240), "expansions": (2, 2.5, 4, 4)},
 }
 _RWKV_OPTIONS: Mapping[str, Option] = {
-    "depths": Option("ints", least=1, length=(4, 4)),
-    "widths": Option("ints", least=4, length=(4, 4)),
+    "depths": Option("ints", least=1, most=32, length=(4, 4)),
+    "widths": Option("ints", least=4, most=4096, length=(4, 4)),
     "expansions": Option("floats", least=1, most=16, length=(4, 4)),
-    "stem_width": Option("int", least=1),
+    "stem_width": Option("int", least=1, most=4096),
     "kernel": Option("int", least=1, most=15, odd=True),
     "decoder_kernel": Option("int", least=1, most=15, odd=True),
     "drop_path": Option("float", most=0.99),
@@ -337,10 +349,10 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         },
         options={
             "stem": Option("ints", least=1, most=16, length=(3, 3)),
-            "base_width": Option("int", least=2),
-            "depths": Option("ints", least=1, length=(2, 6)),
-            "decoder_depth": Option("int", least=1),
-            "n_res": Option("int", least=0),
+            "base_width": Option("int", least=2, most=512),
+            "depths": Option("ints", least=1, most=32, length=(2, 6)),
+            "decoder_depth": Option("int", least=1, most=32),
+            "n_res": Option("int", least=0, most=8),
             "attn_dropout": Option("float", most=0.99),
             "conv_dropout": Option("float", most=0.99),
             "msd_kernels": Option("ints", least=1, most=15, odd=True),
@@ -373,8 +385,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             ),
         },
         options={
-            "widths": Option("ints", least=1, length=(2, 6)),
-            "residual_units": Option("int"),
+            "widths": Option("ints", least=1, most=4096, length=(2, 6)),
+            "residual_units": Option("int", most=32),
             "norm": Option("choice", ("instance", "batch")),
             "dropout": Option("float", most=0.99),
         },
@@ -399,7 +411,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             ),
         },
         options={
-            "widths": Option("ints", least=1, length=(3, 6)),
+            "widths": Option("ints", least=1, most=4096, length=(3, 6)),
             "residual": Option("bool"),
             "norm": Option("choice", ("instance", "batch")),
         },

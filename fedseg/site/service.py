@@ -28,6 +28,7 @@ from fedseg.federated.messages import SiteFailure
 from fedseg.site.config import SiteConfig
 from fedseg.site.connect import socket_address
 from fedseg.site.desk import Desk
+from fedseg.site.isolation import has_network
 from fedseg.site.pieces import cut, join
 from fedseg.site.wire import site_pb2, site_pb2_grpc
 from fedseg.site.wire.site_pb2 import CancelReply, CancelRequest, DescribeRequest, Description, Event, Piece, Progress
@@ -172,7 +173,7 @@ def opened(config: SiteConfig) -> Iterator[SiteService]:
         _listen(server, path)
         for name in ("", SERVICE):
             state.set(name, health_pb2.HealthCheckResponse.SERVING)
-        desk.note("started", version=__version__, policy=dict(config.policy.describe()))
+        desk.note("started", version=__version__, network=has_network(), policy=dict(config.policy.describe()))
         log.info("site %s answers on %s", config.name, path)
         try:
             yield service

@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,6 +30,8 @@ os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 import httpx
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519
+from flwr.proto.fleet_pb2 import DeactivateNodeRequest
+from flwr.supercore.error import ApiErrorCode, FlowerError
 from flwr.supernode import fleet_http_connection, start_client_internal
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
@@ -39,6 +41,7 @@ from fedseg.kit import Kit
 from fedseg.site.approval import is_approved
 
 log = logging.getLogger(__name__)
+_told: dict[str, float] = {}
 
 ENTITY = "fedseg-site-approval"
 LOOK_AGAIN = (0.2, 1.0)
@@ -54,6 +57,7 @@ class GuardedFleetClient(FleetHttpClient):
     """Talks to the server for one site; configured by `run_supernode` before Flower makes one."""
 
     kit: ClassVar[Kit]
+    last_node: ClassVar[Path]
     vouch: ClassVar[ed25519.Ed25519PrivateKey]
 
     @classmethod
@@ -78,26 +82,47 @@ class GuardedFleetClient(FleetHttpClient):
 
     def _unary_unary(self, **call: Any) -> Any:
         """Ask again when the fence says "not now": Flower would throw the site's answer away."""
-        end, pause = time.monotonic() + BUSY_SECONDS, 0.5
+        end, pauses = time.monotonic() + BUSY_SECONDS, _pauses(0.5, 10.0)
         while True:
             try:
                 return super()._unary_unary(**call)
             except httpx.HTTPStatusError as error:
                 if error.response.status_code not in NOT_NOW or time.monotonic() > end:
                     raise
-                log.warning("%s: the coordinator answered %d", call["path"], error.response.status_code)
-            time.sleep(pause)
-            pause = min(2 * pause, 10.0)
+                _tell(f"the coordinator answered {error.response.status_code}; it is asked again")
+            except httpx.TransportError as error:  # Flower asks again, and again
+                _tell(f"the coordinator cannot be reached: {error}")
+                raise
+            time.sleep(next(pauses))
+
+    def ActivateNode(self, request: Any) -> Any:  # noqa: N802
+        """Join, as soon as the coordinator lets this site in.
+
+        Flower takes a gate that was killed for connected for another minute; the next one on this machine says that it is gone.
+        """
+        if self.last_node.exists():
+            with suppress(httpx.HTTPError, ValueError):
+                super().DeactivateNode(DeactivateNodeRequest(node_id=int(self.last_node.read_text())))
+        pauses = _pauses(1.0, 30.0)
+        while True:
+            try:
+                response = super().ActivateNode(request)
+            except httpx.HTTPStatusError as error:
+                _tell(f"the coordinator does not let this site in: {_reason(error.response)}")
+                time.sleep(next(pauses))
+            else:
+                self.last_node.write_text(str(response.node_id))
+                log.info("connected")
+                return response
 
     def PullMessages(self, request: Any) -> Any:  # noqa: N802
         """Look for work until there is some, or for a while."""
-        end, pause = time.monotonic() + LOOKS_SECONDS, LOOK_AGAIN[0]
+        end, pauses = time.monotonic() + LOOKS_SECONDS, _pauses(*LOOK_AGAIN)
         while True:
             response = super().PullMessages(request)
             if response.messages_list or time.monotonic() > end:
                 return response
-            time.sleep(pause)
-            pause = min(1.5 * pause, LOOK_AGAIN[1])
+            time.sleep(next(pauses))
 
     def GetFab(self, request: Any) -> Any:  # noqa: N802
         """Fetch a bundle, and vouch for it if the hospital has approved it; what others say about it does not count."""
@@ -130,7 +155,7 @@ def run_supernode(kit: Kit, socket: Path, *, home: Path, port: int = 0) -> None:
     os.environ["FLWR_HOME"] = str(home)
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     os.environ.setdefault("FLWR_SUPEREXEC_TASK_POLL_INTERVAL", "0.2")
-    GuardedFleetClient.kit = kit
+    GuardedFleetClient.kit, GuardedFleetClient.last_node = kit, home / "node-id"
     GuardedFleetClient.vouch = ed25519.Ed25519PrivateKey.generate()
     vars(fleet_http_connection)["FleetHttpClient"] = GuardedFleetClient
     entities = home / "trusted-entity.yaml"
@@ -196,6 +221,33 @@ def tls_context(kit: Kit) -> ssl.SSLContext:
     except ssl.SSLError as error:
         raise KitError(f"{kit.key}: does not belong to {kit.certificate.name}: {error.reason}") from error
     return context
+
+
+def _pauses(shortest: float, longest: float) -> Iterator[float]:
+    pause = shortest
+    while True:
+        yield pause
+        pause = min(1.5 * pause, longest)
+
+
+def _reason(response: httpx.Response) -> str:
+    """What a refusal means, as far as one can tell from here."""
+    if response.status_code == httpx.codes.FORBIDDEN:
+        return "the fence refuses its key; was the certificate renewed or revoked? Ask the coordinator"
+    if response.status_code == httpx.codes.UNAUTHORIZED:
+        return "its signed time does not count; is this machine's clock right (within five minutes)?"
+    known = FlowerError.from_json(response.text)
+    if known is not None and known.code == ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED:
+        return "its key is not registered (yet), or another process is connected with it; it is tried again"
+    return f"status {response.status_code}"
+
+
+def _tell(text: str) -> None:
+    """Log something, but the same thing only once a minute."""
+    now = time.monotonic()
+    if now - _told.get(text, -60.0) >= 60.0:
+        _told[text] = now
+        log.warning(text)
 
 
 def _vouched(content: bytes, key: ed25519.Ed25519PrivateKey) -> dict[str, str]:
