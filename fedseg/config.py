@@ -36,7 +36,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 TamePositiveInt = Annotated[int, Field(gt=0, le=100_000)]
 """A number of things that are all in memory at once, or done one after the other."""
 Size3D = tuple[PositiveInt, PositiveInt, PositiveInt]
-Millimetres = Annotated[float, Field(ge=0.01, le=50)]
+Millimetres = Annotated[float, Field(ge=0.01, le=50, allow_inf_nan=False)]
 Spacing3D = tuple[Millimetres, Millimetres, Millimetres]
 
 

@@ -158,7 +158,7 @@ def test_every_fault_is_told_at_once():
         ({"model": {"name": "mlru"}}, "model: no network is called 'mlru'; did you mean 'mlru++'?"),
         ({"model": {"preset": "heavy"}}, "model: mlru++ has no preset 'heavy'"),
         ({"model": {"options": {"n_rse": 1}}}, "model: mlru++ has no option 'n_rse'; did you mean 'n_res'?"),
-        ({"model": {"options": {"n_res": "many"}}}, "n_res must be a whole number of at least 0, got 'many'"),
+        ({"model": {"options": {"n_res": "many"}}}, "n_res must be a whole number from 0 to 8, got 'many'"),
         (
             {"model": {"options": {"n_res": {"deep": 1}}}},
             "model.options.n_res: must be true or false, a number, a text, or a list of numbers or of texts, got {'deep'",
@@ -181,6 +181,56 @@ def test_a_missing_section_is_named():
 @pytest.mark.parametrize("document", ["", "{", "[1]", "null", '"experiment"'])
 def test_what_is_no_object_is_refused(document):
     assert refusal(document).startswith("the received experiment: ")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a = " + "[" * 20_000 + "]" * 20_000,
+        "a = " + "{a=" * 20_000 + "1" + "}" * 20_000,
+        ".".join("a" * 20_000) + " = 1",
+        "[" + ".".join("a" * 20_000) + "]",
+        "seed = 0x" + "f" * 20_000,
+        "seed = " + "9" * 20_000,
+    ],
+    ids=["lists", "tables", "keys", "header", "hexadecimal", "digits"],
+)
+def test_a_file_made_to_exhaust_the_reader_is_refused_like_any_other(tmp_path, text):
+    (tmp_path / "deep.toml").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"deep\.toml: "):
+        load_experiment(tmp_path / "deep.toml")
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        "[" * 100_000 + "]" * 100_000,
+        '{"a":' * 100_000 + "1" + "}" * 100_000,
+        experiment(seed=0)[:-1] + ', "seed": ' + "9" * 4000 + "}",
+        experiment(seed=0)[:-1] + ', "seed": ' + "9" * 20_000 + "}",
+        experiment(seed=0)[:-1] + ', "x": "\ud800"}',
+        experiment(name="\x00"),
+        "",
+    ],
+    ids=["lists", "tables", "digits", "more digits", "surrogate", "control", "nothing"],
+)
+def test_a_received_experiment_made_to_exhaust_the_reader_is_refused_like_any_other(document):
+    assert "the received experiment" in refusal(document)
+
+
+@pytest.mark.parametrize(
+    ("sections", "key"),
+    [
+        ({"training": {"steps_per_epoch": 10**12}}, "training.steps_per_epoch"),
+        ({"training": {"batch_size": 10**12}}, "training.batch_size"),
+        ({"training": {"patch_size": [10**6] * 3}}, "training.patch_size"),
+        ({"data": {"spacing": [1e-9, 1.0, 1.0]}}, "data.spacing"),
+        ({"evaluation": {"overlap": 0.9999}}, "evaluation.overlap"),
+        ({"model": {"name": "unet", "options": {"widths": [10**9, 10**9]}}}, "model"),
+    ],
+)
+def test_an_experiment_cannot_ask_for_all_memory_or_all_time(sections, key):
+    assert key in refusal(experiment(**sections))
 
 
 def test_a_file_that_is_missing_or_no_toml_is_named(tmp_path):

@@ -234,3 +234,12 @@ def test_a_site_with_nothing_abstains(tmp_path):
     with pytest.raises(SiteAbstained) as abstained:
         require_enough(prepared, total, config(min_usable_share=0.0))
     assert abstained.value.reason == "too-few-cases"
+
+
+def test_a_spacing_that_would_fill_the_memory_sets_the_cases_aside(tmp_path, monkeypatch):
+    monkeypatch.setattr("fedseg.data.preprocess.LARGEST_IMAGE", 1_000_000)
+    save(tmp_path / "images/a.nii.gz", noise())
+    save(tmp_path / "labels/a.nii.gz", ball())
+    fine = config(spacing=(0.01, 0.01, 0.01))
+    prepared = prepare_cohort(read_cohort(tmp_path), task(), fine, tmp_path / "cache")
+    assert prepared.quarantined == {"a": "absurd-spacing"}

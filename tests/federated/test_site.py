@@ -263,13 +263,15 @@ def test_taken_weights_are_copies_and_come_back_to_the_last_bit():
     assert same(take_weights(other), kept)
 
 
-@pytest.mark.parametrize("spoil", ["missing", "unknown", "shape"])
+@pytest.mark.parametrize("spoil", ["missing", "unknown", "shape", "type"])
 def test_weights_of_another_network_are_refused(spoil):
     weights = take_weights(Mixed())
     if spoil == "missing":
         del weights["scale"]
     elif spoil == "unknown":
         weights["more"] = np.zeros(1, np.float32)
+    elif spoil == "type":
+        weights["scale"] = weights["scale"].astype(np.float64)
     else:
         weights["scale"] = np.zeros(1, np.float32)
     with pytest.raises(ModelError, match="of another network"):

@@ -45,12 +45,20 @@ def test_every_preset_sets_known_options_to_values_that_fit():
         ({"name": "mlru"}, r"no network is called 'mlru'; did you mean 'mlru\+\+'\?"),
         ({"preset": "acdd"}, "mlru.. has no preset 'acdd'; did you mean 'acdc'"),
         ({"options": {"base_with": 8}}, "no option 'base_with'; did you mean 'base_width'"),
-        ({"options": {"base_width": 1}}, "base_width must be a whole number of at least 2, got 1"),
+        ({"options": {"base_width": 1}}, "base_width must be a whole number from 2 to 512, got 1"),
         ({"options": {"base_width": True}}, "base_width must be a whole number"),
         ({"options": {"attn_dropout": 1.0}}, "attn_dropout must be a number from 0 to 0.99, got 1.0"),
         ({"options": {"fold": "1d"}}, "fold must be one of '2d', '3d', got '1d'"),
         ({"options": {"msd_kernels": [3, 4]}}, "msd_kernels must be 1 to 8 odd numbers from 1 to 15"),
         ({"options": {"stem": [2, 2]}}, "stem must be 3 whole numbers from 1 to 16"),
+        ({"options": {"base_width": 10**9}}, "base_width must be a whole number from 2 to 512"),
+        ({"options": {"depths": [10**9, 1]}}, "depths must be 2 to 6 whole numbers from 1 to 32"),
+        ({"name": "unet", "options": {"widths": [10**9, 1]}}, "widths must be 2 to 6 whole numbers from 1 to 4096"),
+        ({"name": "rwkv-unet", "options": {"stem_width": 10**9}}, "stem_width must be a whole number from 1 to 4096"),
+        ({"patch_size": (10**6, 10**6, 10**6)}, r"has 6e\+18 values; there can be 1.07e\+09, and 2048 voxels"),
+        ({"patch_size": (1, 1, 4096)}, "2048 voxels along an axis"),
+        ({"batch_size": 10**9}, "a batch of 1000000000 patches of 40x56x40"),
+        ({"in_channels": 10**9}, "with 1000000000 channels"),
         ({"in_channels": 0}, "at least one input channel, got 0"),
         ({"num_labels": 1}, "at least two labels"),
         ({"patch_size": (0, 8, 8)}, "a patch needs at least one voxel per axis"),
@@ -94,3 +102,10 @@ def test_configurations_are_checked_without_torch():
     )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_no_number_in_the_options_of_a_network_is_unlimited(name):
+    for key, option in ARCHITECTURES[name].options.items():
+        if option.kind in ("int", "ints"):
+            assert option.most <= 4096, key
