@@ -100,6 +100,8 @@ class SiteService(site_pb2_grpc.SiteServicer):
         if not self._turn.acquire(timeout=BUSY_SECONDS):
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the site is busy with another round")
         try:
+            if self._closing:
+                context.abort(grpc.StatusCode.UNAVAILABLE, "the site service is stopping")
             yield from self._round(document, context, train)
         finally:
             self._cancelled = None
@@ -109,7 +111,8 @@ class SiteService(site_pb2_grpc.SiteServicer):
     def _round(self, document: Buffer, context: grpc.ServicerContext, train: bool) -> Iterator[Event]:
         cancelled, events = threading.Event(), queue.SimpleQueue[Progress | None]()
         self._cancelled, self._now.state = cancelled, "busy"
-        context.add_callback(cancelled.set)  # also when all is well, but then nobody asks any more
+        if not context.add_callback(cancelled.set):  # called when all is well, too, but then nobody asks any more
+            return  # the caller has not waited for its turn
 
         def watch(phase: str, done: int, total: int) -> None:
             if cancelled.is_set() or self._closing:
@@ -121,9 +124,17 @@ class SiteService(site_pb2_grpc.SiteServicer):
         for progress in _now_and_then(events.get):
             self._now.progress.CopyFrom(progress)
             yield Event(progress=progress)
-        answer = work.result()
+        try:
+            answer = work.result()
+        except Exception as error:  # gRPC would send its text
+            log.exception("the round has no answer")
+            self._now.rounds_refused += 1
+            yield _failure("failed", type(error).__name__)
+            return
         if isinstance(answer, SiteFailure):
             self._now.server_round = answer.server_round
+            if self._closing and answer.reason == RoundCancelled.__name__:  # whoever asked asks the next service
+                context.abort(grpc.StatusCode.UNAVAILABLE, "the site service is stopping")
             self._now.rounds_refused += 1
             yield _failure(answer.kind, answer.reason)
             return
@@ -190,6 +201,8 @@ def _listen(server: grpc.Server, path: Path) -> None:
     address = socket_address(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
+        if not path.is_socket():
+            raise ConfigError(f"socket {path}: is another kind of file; choose another path in the site file")
         with sockets.socket(sockets.AF_UNIX) as probe:
             if probe.connect_ex(str(path.absolute())) == 0:
                 raise ConfigError(f"socket {path}: another site service listens there; stop it, or choose another one")
