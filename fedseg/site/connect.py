@@ -69,10 +69,7 @@ class Connection:
         Raises:
             SiteUnreachable: nobody listens.
         """
-        found: Description = self._patiently(
-            lambda: self._stub.Describe(DescribeRequest(), timeout=self._patience, wait_for_ready=self._patience > 1)
-        )
-        return found
+        return self._patiently(self._described)
 
     def ask(
         self, instructions: bytes, *, train: bool, on_progress: Callable[[Progress], None] = lambda _: None
@@ -106,7 +103,7 @@ class Connection:
     def _patiently(self, call: Callable[[], T]) -> T:
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                self._wait_until_ready()
+                self._described()
                 return call()
             except grpc.RpcError as error:
                 code = error.code() if isinstance(error, grpc.Call) else grpc.StatusCode.UNKNOWN
@@ -116,14 +113,18 @@ class Connection:
                 time.sleep(0.5)
         raise AssertionError
 
-    def _wait_until_ready(self) -> None:
+    def _described(self) -> Description:
+        """What the service says of itself, as soon as there is one."""
         try:
-            grpc.channel_ready_future(self._channel).result(timeout=self._patience)
-        except grpc.FutureTimeoutError:
+            found: Description = self._stub.Describe(DescribeRequest(), timeout=self._patience, wait_for_ready=True)
+        except grpc.RpcError as error:
+            if isinstance(error, grpc.Call) and error.code() != grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise
             raise SiteUnreachable(
                 f"{self._socket}: no site service has answered for {self._patience:.0f} s; start it with "
                 "`fedseg site serve`, and run the gate as the same user"
             ) from None
+        return found
 
 
 def socket_address(socket: Path) -> str:
