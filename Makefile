@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 
-.PHONY: help install demo test check wire fmt bench clean
+.PHONY: help install demo test check fuzz wire fmt bench clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -26,6 +26,14 @@ check: .venv/.dev ## Lint, types, import contracts
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports
+
+FUZZ_SECONDS ?= 30
+fuzz: .venv/.dev ## Search each decoder for FUZZ_SECONDS for input that it does not survive (atheris, Linux)
+	@.venv/bin/python -c 'import atheris' 2>/dev/null || $(PIP) install -c constraints.txt -e '.[fuzz]'
+	@mkdir -p runs/fuzz
+	@for name in $$(.venv/bin/python -c 'from tests.fuzz.decoders import DECODERS; print(*DECODERS)'); do \
+		echo "== $$name"; .venv/bin/python -m tests.fuzz.guided $$name $(FUZZ_SECONDS) runs/fuzz 2>&1 | tee runs/fuzz/$$name.log \
+		| grep -a '^Done\|^ERROR\|Uncaught' ; [ $${PIPESTATUS[0]} = 0 ] || exit 1; done
 
 wire: .venv/.dev ## Write the code that is generated from site.proto
 	.venv/bin/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. fedseg/site/wire/site.proto

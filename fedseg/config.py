@@ -54,6 +54,9 @@ OptionValue = Annotated[
     bool | int | FiniteFloat | str | list[int] | list[FiniteFloat] | list[str] | None, WrapValidator(_plain_value)
 ]
 
+FAULTS_TOLD, LONGEST_KEY = 20, 80
+"""Faults of one file, and characters of one key, that an error tells; others may have chosen them."""
+
 MAX_LABELS = 256
 """Label values are kept in a byte."""
 
@@ -419,9 +422,11 @@ def validate_section(kind: type[S], document: str, *, source: str) -> S:
     try:
         return kind.model_validate_json(document)
     except ValidationError as error:
-        raise ConfigError(
-            "\n".join(_explain(kind, source, fault) for fault in error.errors(include_url=False))
-        ) from None
+        faults = error.errors(include_url=False)
+        lines = [_explain(kind, source, fault) for fault in faults[:FAULTS_TOLD]]
+        if len(faults) > FAULTS_TOLD:
+            lines.append(f"{source}: and {len(faults) - FAULTS_TOLD} more faults")
+        raise ConfigError("\n".join(lines)) from None
 
 
 def _explain(kind: type[Section], source: str, fault: Any) -> str:
@@ -440,7 +445,7 @@ def _explain(kind: type[Section], source: str, fault: Any) -> str:
 
 
 def _dotted(loc: tuple[int | str, ...]) -> str:
-    return ".".join(str(part) for part in loc)
+    return ".".join(text if len(text) <= LONGEST_KEY else f"{text[:LONGEST_KEY]}..." for text in map(str, loc))
 
 
 def _known_keys(kind: type[Section], loc: tuple[int | str, ...]) -> str:
@@ -451,7 +456,7 @@ def _known_keys(kind: type[Section], loc: tuple[int | str, ...]) -> str:
         if fields:  # else an index, or a key of a dictionary: the sections stay the same
             sections = [section for field in fields for section in _sections_in(field.annotation)]
     known = [name for section in sections for name in section.model_fields]
-    near = difflib.get_close_matches(str(loc[-1]).lower(), known, n=1)
+    near = difflib.get_close_matches(str(loc[-1])[:LONGEST_KEY].lower(), known, n=1)
     return f"did you mean {near[0]!r}" if near else f"known here are {', '.join(known)}"
 
 

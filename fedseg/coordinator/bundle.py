@@ -6,16 +6,21 @@ files give the same bytes, so that what a hospital has approved is what the coor
 
 import hashlib
 import os
+import re
+import zlib
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from zipfile import BadZipFile, ZipFile
+from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile
 
 import fedseg
 from fedseg.errors import KitError
 
 LARGEST = 10_000_000
 """Bytes; Flower takes no larger ones."""
+MOST_FILES = 1000
+_NAME = re.compile(r"(?!.*(?:^|/)\.{1,2}(?:/|$))[\w.+-]+(?:/[\w.+-]+)*", re.ASCII)
+"""Relative, without detours, and shown as it is."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ def bundled_files(bundle: bytes, source: str) -> list[BundledFile]:
     """What is in a bundle; nothing of it is run or unpacked to disk.
 
     Raises:
-        KitError: it is no bundle, or a file in it is absurdly large.
+        KitError: it is no bundle, a file in it is absurdly large, or a name in it hides or repeats what a reader is shown.
     """
     try:
         with ZipFile(BytesIO(bundle)) as archive:
@@ -61,8 +66,13 @@ def bundled_files(bundle: bytes, source: str) -> list[BundledFile]:
                 raise KitError(
                     f"{source}: would unpack to more than {10 * LARGEST / 1e6:.0f} MB; it is no bundle of fedseg"
                 )
+            if {entry.compress_type for entry in entries} - {ZIP_STORED, ZIP_DEFLATED}:
+                raise KitError(
+                    f"{source}: is packed in a way whose memory cannot be limited; it is no bundle of fedseg"
+                )
+            _check_names([entry.orig_filename for entry in entries], source)
             return [_entry(archive, entry.filename) for entry in sorted(entries, key=lambda entry: entry.filename)]
-    except (BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError, EOFError) as error:
+    except (BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError, EOFError, zlib.error) as error:
         raise KitError(f"{source}: not an app bundle (a zip file): {error}") from error
 
 
@@ -70,6 +80,19 @@ def read_bundled(bundle: bytes, name: str) -> str:
     """The text of one file of a bundle."""
     with ZipFile(BytesIO(bundle)) as archive:
         return archive.read(name).decode("utf-8", errors="replace")
+
+
+def _check_names(names: list[str], source: str) -> None:
+    """Who approves a bundle reads a list of its files: it must show all of them, each under its own name."""
+    if len(names) > MOST_FILES:
+        raise KitError(f"{source}: holds {len(names)} files; a bundle of fedseg holds a few, {MOST_FILES} at most")
+    seen: set[str] = set()
+    for name in names:
+        if not _NAME.fullmatch(name):
+            raise KitError(f"{source}: no file of a bundle has a name like {name[:100]!r}; do not run it")
+        if name in seen:
+            raise KitError(f"{source}: holds {name} more than once, of which only one would be shown; do not run it")
+        seen.add(name)
 
 
 def _entry(archive: ZipFile, name: str) -> BundledFile:
