@@ -13,7 +13,7 @@ from statistics import median
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from tests.integration.deployment import Deployment  # noqa: E402
+from benchmarks.plain_flower import Deployment  # noqa: E402
 
 
 def main() -> None:
