@@ -68,9 +68,11 @@ def read_status(state: Path) -> dict[str, Any]:
     """
     path = state / "status.json"
     try:
-        found: dict[str, Any] = json.loads(path.read_bytes())
+        found = json.loads(path.read_bytes())
+        if not isinstance(found, dict):
+            raise ValueError("no object")
         return found
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         raise ConfigError(
             f"{path}: no study was started there; `fedseg server start` does, --state says where"
         ) from None

@@ -21,6 +21,7 @@ from fedseg.config import Experiment, ScreeningConfig, load_section, parse_exper
 from fedseg.coordinator.between import read_who
 from fedseg.coordinator.bundle import bundled_files
 from fedseg.coordinator.ledger import Ledger
+from fedseg.coordinator.state import read_status
 from fedseg.coordinator.study import StudyConfig, read_public_key, read_request
 from fedseg.errors import FedsegError, UpdateRefused
 from fedseg.federated.messages import RoundInstructions, SiteFailure, SiteUpdate
@@ -241,6 +242,7 @@ DECODERS = {
         _file(lambda path: approvals(path.parent), "approved.json"),
         (_json([{"sha256": SHA, "approved": "2026-01-02T03:04:05Z", "by": "ü", "name": "app.fab"}]), b"[]"),
     ),
+    "status.json": Decoder(_file(lambda path: read_status(path.parent), "status.json"), (_json({"rounds": 3}),)),
     "who.json": Decoder(_file(read_who, "who.json"), (_json({"12": {"name": "Aare", "started": 1.5}}), b"{}")),
     "request": Decoder(_file(read_request, "site.csr"), (b"-----BEGIN CERTIFICATE REQUEST-----\nMAA=\n",)),
     "public-key": Decoder(_file(read_public_key, "site.pub"), (b"ecdsa-sha2-nistp384 AAAA x\n",)),
