@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -164,7 +164,13 @@ def restore(prepared: NDArray[Any], geometry: PreparedGeometry) -> NDArray[np.ui
 
 
 def prepare_cohort(
-    cohort: Cohort, task: TaskConfig, config: DataConfig, cache: Path, *, progress: bool = False
+    cohort: Cohort,
+    task: TaskConfig,
+    config: DataConfig,
+    cache: Path,
+    *,
+    progress: bool = False,
+    on_case: Callable[[int], None] = lambda _: None,
 ) -> PreparedCohort:
     """Prepare all cases of a site, from the cache where it has them.
 
@@ -174,6 +180,7 @@ def prepare_cohort(
         config: orientation, spacing, crop and intensities.
         cache: folder for prepared arrays; may be shared by processes and by experiments.
         progress: show a bar.
+        on_case: called before each case with the number of cases so far (0, 1, ...); what it raises ends the work.
 
     Raises:
         DataError: the cache cannot be written. A bad case raises nothing; it is quarantined.
@@ -181,7 +188,8 @@ def prepare_cohort(
     store = Cache(cache)
     cases: list[PreparedCase] = []
     quarantined: dict[str, str] = {}
-    for case in shown(cohort.cases, "Preparing cases", progress=progress):
+    for done, case in enumerate(shown(cohort.cases, "Preparing cases", progress=progress)):
+        on_case(done)
         try:
             cases.append(_load_or_prepare(case, task, config, store))
         except CaseError as error:

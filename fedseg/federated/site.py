@@ -125,10 +125,16 @@ class Site:
                 del self._data[next(iter(self._data))]
             cache = Path(self.config.cache)
             training, validation = split_by_person(self.cohort(), experiment.data.validation_fraction, experiment.seed)
+            total = len(training.cases) + len(validation.cases)
+
+            def prepared(part: Cohort, before: int) -> PreparedCohort:
+                return prepare_cohort(
+                    part, experiment.task, experiment.data, cache, progress=progress,
+                    on_case=lambda done: self.watch("preparing", before + done, total),
+                )  # fmt: skip
+
             self._data[key] = SiteData(
-                prepare_cohort(training, experiment.task, experiment.data, cache, progress=progress),
-                prepare_cohort(validation, experiment.task, experiment.data, cache, progress=progress),
-                len(training.cases),
+                prepared(training, 0), prepared(validation, len(training.cases)), len(training.cases)
             )
         return self._data[key]
 

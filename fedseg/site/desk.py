@@ -129,9 +129,7 @@ class Desk:
             raise PolicyRefused("kind", "the instructions are of another kind than the call that brought them")
         done = rounds_done(config.audit_log, request.digest) if policy.max_rounds is not None else 0
         check_request(policy, experiment, train=request.train, now=datetime.now().astimezone(), rounds_done=done)
-        request.watched("checking", 0, 1)
-        manifest = self._current_manifest()
-        request.watched("preparing", 0, 1)
+        manifest = self._current_manifest(request)
         data = self._site.prepare(experiment)
         check_cases(policy, len(data.training.cases))
         update = self._site(instructions)
@@ -139,9 +137,15 @@ class Desk:
         update = replace(update, manifest=manifest)
         return only_allowed(policy, update, experiment.task.structures, validation_cases=len(data.validation.cases))
 
-    def _current_manifest(self) -> str:
+    def _current_manifest(self, request: _Request) -> str:
         """Digest of what is in the data folder now; if that has changed, volumes are read anew."""
-        manifest = make_manifest(self._site.cohort(), self.config.name, self.config.state_folder)
+        cohort = self._site.cohort()
+        manifest = make_manifest(
+            cohort,
+            self.config.name,
+            self.config.state_folder,
+            on_case=lambda done: request.watched("checking", done, len(cohort.cases)),
+        )
         if self._manifest is None or manifest.digest() != self._manifest.digest():
             self._accept(manifest)
         return manifest.digest()

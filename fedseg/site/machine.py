@@ -26,7 +26,7 @@ def check_device(known: Known) -> Finding:
         autocast(device, known.experiment.training.precision)
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        found = f"{torch.cuda.get_device_name(device)}: {free / GB:.1f} of {total / GB:.1f} GB are free"
+        found = f"{torch.cuda.get_device_name(device)}: {_size(free)} of {_size(total)} are free"
         if free < total / 2:
             return attention(found, "see with nvidia-smi who else uses it")
         return ok(found)
@@ -50,7 +50,7 @@ def check_disk(known: Known) -> Finding:
     for name, (folder, size) in wanted.items():
         nearest = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
         free = shutil.disk_usage(nearest).free
-        told.append(f"{name}: {free / GB:.1f} GB free, about {size / GB:.1f} GB needed")
+        told.append(f"{name}: {_size(free)} free, about {_size(size)} needed")
         if not os.access(nearest, os.W_OK | os.X_OK):
             closed.append(str(nearest))
         elif free < 1.1 * size:
@@ -68,7 +68,7 @@ def check_memory(known: Known) -> Finding:
     voxels = largest_volume(need(known.audit, "the data"), experiment)
     scores = voxels * 4 * (len(experiment.task.channels) + 2 * experiment.task.num_labels)
     wanted, free = PROGRAM_BYTES + 8 * weights_bytes(experiment) + scores, free_memory()
-    found = f"{free / GB:.1f} GB are free, about {wanted / GB:.1f} GB are needed"
+    found = f"{_size(free)} are free, about {_size(wanted)} are needed"
     if free < wanted:
         return attention(found, "end other programs, or use a machine with more memory")
     return ok(found)
@@ -118,6 +118,10 @@ def free_memory() -> float:
     except OSError:
         return free
     return free if limit == "max" else min(free, float(limit) - float(used))
+
+
+def _size(number: float) -> str:
+    return f"{number / GB:.1f} GB" if number >= GB else f"{number / 1e6:.3g} MB"
 
 
 def _voxels(audit: Audit, experiment: Experiment, shape: list[float]) -> float:

@@ -12,7 +12,7 @@ import hmac
 import json
 import os
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -97,20 +97,27 @@ class _Saved(Section):
     manifest: DataManifest
 
 
-def make_manifest(cohort: Cohort, site: str, state: Path) -> DataManifest:
+def make_manifest(
+    cohort: Cohort, site: str, state: Path, *, on_case: Callable[[int], None] = lambda _: None
+) -> DataManifest:
     """List the files of a cohort. A file is read only if it is new, or another than it was by size, times or inode.
 
     Args:
         cohort: what lies in the site's folder.
         site: its name.
         state: folder in which the salt and the hashes of unchanged files are kept.
+        on_case: called before each case with the number of cases so far (0, 1, ...); what it raises ends the work.
 
     Raises:
         DataError: the folder cannot be written.
     """
     salt, cache = _salt(state), Cache(state / "file-hashes")
     cases = sorted(cohort.cases, key=lambda case: case.name)
-    return DataManifest(site=site, salt=salt, cases=tuple(_record(case, salt, cache) for case in cases))
+    records = []
+    for done, case in enumerate(cases):
+        on_case(done)
+        records.append(_record(case, salt, cache))
+    return DataManifest(site=site, salt=salt, cases=tuple(records))
 
 
 def changes(old: DataManifest, new: DataManifest) -> list[str]:

@@ -196,15 +196,27 @@ def test_whoever_watches_can_end_a_round(config):
     seen = []
 
     def watch(phase, done, total):
-        seen.append(phase)
+        seen.append((phase, done, total))
         if phase == "training":
             raise RoundCancelled("enough")
 
     desk = Desk(config)
     assert answer(desk, watch=watch) == SiteFailure("Aare", 1, "failed", "RoundCancelled")
-    assert seen == ["checking", "preparing", "scoring", "training"]
+    each = [(phase, done, 3) for phase in ("checking", "preparing") for done in range(3)]
+    assert seen == [*each, ("scoring", 1, 1), ("training", 0, 1)]
     assert logged(config)[0]["decided"] == "cancelled"
     assert decoded(answer(desk)).delta
+
+
+@pytest.mark.parametrize("phase", ["checking", "preparing", "scoring"])
+def test_a_round_can_be_ended_in_every_phase_and_the_next_one_has_the_usual_bits(config, tmp_path, phase):
+    def watch(now, done, total):
+        if now == phase and done:
+            raise RoundCancelled("enough")
+
+    desk = Desk(config)
+    assert answer(desk, watch=watch).reason == "RoundCancelled"
+    assert same(decoded(answer(desk)), directly(config, tmp_path, instructions()))
 
 
 def test_a_round_that_takes_too_long_is_ended_by_the_policy(tmp_path):
