@@ -10,6 +10,7 @@ Spatial values are in array order `(D, H, W)`: D runs along the patient's S axis
 import difflib
 import hashlib
 import json
+import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
@@ -56,6 +57,9 @@ OptionValue = Annotated[
 
 FAULTS_TOLD, LONGEST_KEY = 20, 80
 """Faults of one file, and characters of one key, that an error tells; others may have chosen them."""
+
+_TOO_DEEP = re.compile(r"""\.(?:[\w"'-]{0,99}[ \t]?\.[ \t]?){100}""")
+"""tomllib takes a minute for a key with fifty thousand dots."""
 
 MAX_LABELS = 256
 """Label values are kept in a byte."""
@@ -404,7 +408,10 @@ def read_toml(path: Path) -> dict[str, Any]:
         ConfigError: the file is missing or is no TOML.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8-sig")
+        if _TOO_DEEP.search(text):
+            raise ValueError("a key has more than a hundred parts")
+        return tomllib.loads(text)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:
