@@ -21,7 +21,7 @@ from fedseg.federated.exchange import anchor_of, buffer_names, put_weights, take
 from fedseg.federated.local import InProcessFleet, WorkerFleet
 from fedseg.federated.messages import RoundInstructions, SiteFailure, SiteUpdate
 from fedseg.federated.rounds import derive_seed
-from fedseg.federated.site import OpenSites, Site, answer_safely, new_model, start_state
+from fedseg.federated.site import EXPERIMENTS_OPEN, OpenSites, Site, answer_safely, new_model, start_state
 from fedseg.federated.store import RunStore
 from fedseg.federated.weights import digest, subtract
 from fedseg.site.config import SiteConfig
@@ -261,6 +261,22 @@ def test_taken_weights_are_copies_and_come_back_to_the_last_bit():
     assert same(weights, kept)
     put_weights(other, weights)
     assert same(take_weights(other), kept)
+
+
+def test_many_experiments_do_not_keep_their_volumes_open(hospitals):
+    site = Site(hospitals[0])
+    for rounds in range(1, EXPERIMENTS_OPEN + 3):
+        site.prepare(tiny(rounds=rounds))
+    assert len(site._data) == EXPERIMENTS_OPEN
+    assert tiny(rounds=rounds).digest() in site._data
+
+
+def test_instructions_for_another_network_are_refused_before_any_data_are_read(hospitals):
+    nowhere = hospitals[0].model_copy(update={"data": "/nowhere", "cache": "/nowhere/cache"})
+    asked = instructions(tiny())
+    other = RoundInstructions(1, {**asked.weights, "more": np.zeros(1, np.float32)}, asked.experiment)
+    with pytest.raises(ModelError, match=r"\['more'\] differ"):
+        Site(nowhere)(other)
 
 
 @pytest.mark.parametrize("spoil", ["missing", "unknown", "shape", "type"])
