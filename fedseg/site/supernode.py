@@ -14,6 +14,7 @@ import inspect
 import json
 import logging
 import os
+import signal
 import socket as sockets
 import ssl
 import sys
@@ -39,6 +40,7 @@ from fedseg.coordinator.bundle import bundle_digest
 from fedseg.errors import ConfigError, KitError
 from fedseg.kit import Kit
 from fedseg.site.approval import is_approved
+from fedseg.site.clientapps import start_executor
 
 log = logging.getLogger(__name__)
 _told: dict[str, float] = {}
@@ -167,9 +169,15 @@ def run_supernode(kit: Kit, socket: Path, *, home: Path, port: int = 0) -> None:
     from flwr.supernode.cli.flower_supernode import flower_supernode
 
     logging.getLogger("flwr").propagate = False  # it has a handler of its own
-    with _as_openssh(kit.key) as key:
-        sys.argv = _arguments(kit, key, entities, socket, port or free_port())
-        flower_supernode()
+    port = port or free_port()
+    executor = start_executor(f"127.0.0.1:{port}")
+    try:
+        with _as_openssh(kit.key) as key:
+            sys.argv = _arguments(kit, key, entities, socket, port)
+            flower_supernode()
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(executor, signal.SIGTERM)
 
 
 def _arguments(kit: Kit, key: Path, entities: Path, socket: Path, port: int) -> list[str]:
@@ -180,6 +188,7 @@ def _arguments(kit: Kit, key: Path, entities: Path, socket: Path, port: int) -> 
         "--auth-supernode-private-key", str(key),
         "--trusted-entities", str(entities),
         "--node-config", f"socket={json.dumps(str(socket.absolute()))}",
+        "--isolation", "process",  # the processes are ours: fedseg.site.clientapps
         "--host", "127.0.0.1",
         "--port", str(port),
     ]  # fmt: skip

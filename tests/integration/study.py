@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -130,7 +130,7 @@ class Study:
 
     def stop(self, label: str, patience: float = 20.0) -> int:
         """Ask a process to end; returns its exit code."""
-        process, pids = self._processes.pop(label), self.family(label)
+        pids, process = self.family(label), self._processes.pop(label)
         process.terminate()
         try:
             return process.wait(patience)
@@ -138,11 +138,17 @@ class Study:
             for pid in pids:
                 end(pid)
 
-    def kill(self, label: str) -> None:
-        """SIGKILL, for the process alone."""
-        process = self._processes.pop(label)
+    def kill(self, label: str, *, family: bool = False) -> None:
+        """SIGKILL, for the process alone or for all that it has started."""
+        pids, process = self.family(label) if family else set(), self._processes.pop(label)
         process.kill()
         process.wait()
+        for pid in pids:
+            end(pid)
+
+    def kill_part(self, label: str, program: str) -> None:
+        """SIGKILL, for a program that a process has started."""
+        os.kill(next(pid for pid in self.family(label) if program in command_of(pid)), signal.SIGKILL)
 
     def ended(self, label: str) -> int | None:
         """Exit code of a process that has ended by itself."""
@@ -177,6 +183,15 @@ class Study:
     def rows(self, query: str, *values: object) -> list[dict[str, Any]]:
         """Rows of the run store; none while it is being made."""
         return rows(self.run, query, *values)
+
+    def answers(self, site: str, after: int) -> list[tuple[str, str | None]]:
+        """How a site's requests ended in the rounds after one."""
+        query = "SELECT status, reason FROM updates WHERE site = ? AND server_round > ? ORDER BY server_round"
+        return [(row["status"], row["reason"]) for row in self.rows(query, site, after)]
+
+    def accepted(self, site: str, after: int) -> bool:
+        """Whether an update of a site was accepted after a round."""
+        return ("accepted", None) in self.answers(site, after)
 
     def rounds(self) -> int:
         """Number of finished rounds."""
@@ -267,7 +282,6 @@ def end(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def namespaces(pid: int) -> Iterator[str]:
-    """Devices that a process sees, and the routes that it has."""
-    yield from Path(f"/proc/{pid}/net/dev").read_text().splitlines()[2:]
-    yield from Path(f"/proc/{pid}/net/route").read_text().splitlines()[1:]
+def devices(pid: int) -> set[str]:
+    """Network devices that a process sees."""
+    return {line.split(":")[0].strip() for line in Path(f"/proc/{pid}/net/dev").read_text().splitlines()[2:]}
