@@ -136,7 +136,10 @@ def approve(
     if show:
         for file in files:
             console.rule(file.name)
-            console.print(Syntax(read_bundled(content, file.name), "toml" if file.name.endswith("toml") else "python"))
+            language = "toml" if file.name.endswith("toml") else "python"
+            console.print(
+                Syntax(read_bundled(content, file.name), language, word_wrap=True)
+            )  # else the end of a line is cut
     console.print(_bundle_table(files, str(bundle)))
     digest = bundle_digest(content)
     console.print(f"SHA-256 of the whole: [bold]{digest}[/]", soft_wrap=True)

@@ -21,6 +21,8 @@ LARGEST = 10_000_000
 MOST_FILES = 1000
 _NAME = re.compile(r"(?!.*(?:^|/)\.{1,2}(?:/|$))[\w.+-]+(?:/[\w.+-]+)*", re.ASCII)
 """Relative, without detours, and shown as it is."""
+_TEXTS = (".py", ".toml", ".md", ".txt", "LICENSE", ".info/CONTENT")
+"""What a person can read; Python would prefer compiled code in `__pycache__` to the source beside it."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +79,12 @@ def bundled_files(bundle: bytes, source: str) -> list[BundledFile]:
 
 
 def read_bundled(bundle: bytes, name: str) -> str:
-    """The text of one file of a bundle."""
+    """The text of one file of a bundle, for eyes: what a terminal would hide or obey is shown as an escape sequence."""
     with ZipFile(BytesIO(bundle)) as archive:
-        return archive.read(name).decode("utf-8", errors="replace")
+        text = archive.read(name).decode("utf-8", errors="backslashreplace").replace("\r\n", "\n")
+    return "".join(
+        char if char in "\n\t" or char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )
 
 
 def _check_names(names: list[str], source: str) -> None:
@@ -90,6 +95,8 @@ def _check_names(names: list[str], source: str) -> None:
     for name in names:
         if not _NAME.fullmatch(name):
             raise KitError(f"{source}: no file of a bundle has a name like {name[:100]!r}; do not run it")
+        if not name.endswith(_TEXTS):
+            raise KitError(f"{source}: {name} is no text that a person could read; do not run it")
         if name in seen:
             raise KitError(f"{source}: holds {name} more than once, of which only one would be shown; do not run it")
         seen.add(name)

@@ -8,7 +8,9 @@ from zipfile import ZIP_BZIP2, ZIP_DEFLATED, ZIP_LZMA, ZipFile
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from fedseg.cli import app
 from fedseg.coordinator.bundle import bundled_files
 from fedseg.errors import FedsegError, KitError, MessageError
 from fedseg.federated.document import pack
@@ -183,3 +185,21 @@ def test_a_bundle_with_damaged_compression_is_refused():
     data[40:60] = b"\xff" * 20
     with pytest.raises(KitError, match="not an app bundle"):
         bundled_files(bytes(data), "app.fab")
+
+
+def test_who_reads_a_bundle_sees_all_of_it(tmp_path):
+    """Code beyond the edge of the window, and code that a terminal would hide, turn round or write over."""
+    code = "x = 1" + " " * 300 + "; far = 1\nh = 1  # \x1b[8mhidden\x1b[0m\ny = 'a\u202eb'\nz = 1\rover = 1\n"
+    (tmp_path / "app.fab").write_bytes(bytes(bundle([("client/app.py", code.encode())])))
+    shown = CliRunner().invoke(app, ["site", "approve", str(tmp_path / "app.fab"), "--show"]).output
+    for part in ("far = 1", r"\x1b[8mhidden", r"\u202e", r"\rover = 1"):
+        assert part in shown
+    assert not {"\x1b", "\u202e", "\r"} & set(shown)
+
+
+@pytest.mark.parametrize(
+    "name", ["client/__pycache__/app.cpython-311.pyc", "client/numpy.so", "client/x.pth", "client/app"]
+)
+def test_a_bundle_with_code_that_nobody_can_read_is_refused(name):
+    with pytest.raises(KitError, match="no text that a person could read"):
+        bundled_files(bytes(bundle([("client/app.py", b"app = 1"), (name, b"x")])), "app.fab")
