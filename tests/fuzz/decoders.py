@@ -3,7 +3,9 @@
 `test_decoders.py` feeds them random and damaged input, `guided.py` what a coverage-guided search makes up.
 """
 
+import atexit
 import json
+import shutil
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -36,6 +38,7 @@ from fedseg.site.pieces import cut, join
 from fedseg.site.wire.site_pb2 import Piece
 
 FOLDER = Path(tempfile.mkdtemp(prefix="fedseg-fuzz-"))
+atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
 WEIGHTS = {"conv": np.ones((4, 3), np.float32), "norm.running_var": np.ones(4, np.float32)}
 SHA = "0" * 64
 EXPERIMENT = {
