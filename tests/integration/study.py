@@ -29,9 +29,13 @@ class Study:
     Args:
         folder: for kits, data and logs.
         experiment: what is run.
+        names: of the sites.
+        phantoms: give them volumes.
     """
 
-    def __init__(self, folder: Path, experiment: Experiment, names: tuple[str, ...] = NAMES) -> None:
+    def __init__(
+        self, folder: Path, experiment: Experiment, names: tuple[str, ...] = NAMES, *, phantoms: bool = True
+    ) -> None:
         self.folder, self.names = folder, names
         self.port, self.superlink_port, self.health_port = free_port(), free_port(), free_port()
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -46,7 +50,8 @@ class Study:
         )
         self.fedseg("provision", folder / "study.toml", "-o", self.kits)
         for number, name in enumerate(names):
-            write_phantoms(self.data(name), PhantomConfig(cases=3, shape=(16, 20, 20), first=10 * number))
+            if phantoms:
+                write_phantoms(self.data(name), PhantomConfig(cases=3, shape=(16, 20, 20), first=10 * number))
             self.write_site(name)
             self.fedseg("site", "approve", self.site(name) / "app.fab", "--yes")
 

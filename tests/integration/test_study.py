@@ -39,14 +39,16 @@ pytestmark = [
 ]
 
 UNDISTURBED = 3
-DEADLINE = 20.0
+DEADLINE = 15.0
 PATIENCE = 120.0
 
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Study]:
     torch.set_num_threads(1)
-    study = Study(tmp_path_factory.mktemp("s"), tiny_experiment(rounds=200, min_sites=2, deadline=DEADLINE))
+    experiment = tiny_experiment(rounds=400, min_sites=2, deadline=DEADLINE)
+    undemanding = experiment.data.model_copy(update={"min_cases": 1})  # a site may lose one of its three cases
+    study = Study(tmp_path_factory.mktemp("s"), experiment.model_copy(update={"data": undemanding}))
     study.state.mkdir()
     small_disk = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", str(study.state)], capture_output=True
