@@ -23,7 +23,7 @@ from fedseg.federated.weights import num_bytes  # noqa: E402
 from tests.integration.study import PYTHON, Study, command_of  # noqa: E402
 
 ROUNDS = 3
-WAYS = ((2, 12), (20, 12), (2, 25))
+WAYS = ((2, 28), (20, 28), (2, 57))
 """Number of sites, and width of the network's first level."""
 PROGRAMS = ("flwr-serverapp", "flower-superlink", "nginx: worker", "fedseg server")
 

@@ -30,6 +30,9 @@ def start(
     fence: Annotated[
         bool, typer.Option("--fence/--no-fence", help="Run nginx with the kit's nginx.conf, too.")
     ] = False,
+    stay: Annotated[
+        bool, typer.Option("--stay", help="When the study is finished, wait for SIGTERM: for what would start it again.")
+    ] = False,
 ) -> None:
     """Run the study until it is finished. Whatever dies on the way is started again, after its last finished round.
 
@@ -42,7 +45,7 @@ def start(
         raise ConfigError(
             f"{folder}: the study was stopped on {(folder / 'stopped').read_text().strip()}; `fedseg server resume` goes on"
         )
-    _run(kit, folder, health, wait_for_sites, fence)
+    _run(kit, folder, health, wait_for_sites, fence, stay)
 
 
 @app.command()
@@ -59,11 +62,14 @@ def resume(
     fence: Annotated[
         bool, typer.Option("--fence/--no-fence", help="Run nginx with the kit's nginx.conf, too.")
     ] = False,
+    stay: Annotated[
+        bool, typer.Option("--stay", help="When the study is finished, wait for SIGTERM: for what would start it again.")
+    ] = False,
 ) -> None:
     """Go on with a study that was stopped, after its last finished round."""
     folder = state or kit / "state"
     (folder / "stopped").unlink(missing_ok=True)
-    _run(kit, folder, health, wait_for_sites, fence)
+    _run(kit, folder, health, wait_for_sites, fence, stay)
 
 
 @app.command()
@@ -146,7 +152,7 @@ def logs(
                 time.sleep(0.3)
 
 
-def _run(kit: Path, state: Path, health: int | None, wait_for_sites: int, fence: bool) -> None:
+def _run(kit: Path, state: Path, health: int | None, wait_for_sites: int, fence: bool, stay: bool) -> None:
     import signal
     from datetime import datetime
 
@@ -170,6 +176,8 @@ def _run(kit: Path, state: Path, health: int | None, wait_for_sites: int, fence:
         signal.signal(number, lambda *_: supervisor.stop.set())
     if supervisor.run():
         console.print(f"the study is finished; its model is {supervisor.plan.run_directory / 'models'}")
+        if stay:
+            supervisor.stop.wait()
 
 
 def _show(found: dict[str, Any], console: "Console") -> None:

@@ -24,11 +24,13 @@ FLEET_CALLS = (
     "push-messages",
     "get-run",
     "get-fab",
-    "pull-object",
-    "push-object",
     "confirm-message-received",
 )
 """What a registered SuperNode calls; registering itself is not among them."""
+TRANSFERS = ("pull-object", "push-object")
+"""The calls among them that carry pieces of arrays."""
+TRANSFERS_AT_ONCE, TRANSFERS_EACH = 8, 3
+"""So many of these are let through at one time, and of one site; a gate that comes in between is told to come again."""
 LARGEST_REQUEST = "12m"
 """Flower sends arrays in pieces of 5 MiB."""
 RATE, BURST, CONNECTIONS = 100, 400, 16
@@ -68,6 +70,7 @@ http {{
 
     limit_req_zone $ssl_client_fingerprint zone=requests:10m rate={rate}r/s;
     limit_conn_zone $ssl_client_fingerprint zone=connections:10m;
+    limit_conn_zone $server_name zone=transfers:1m;
     limit_req_status 429;
     limit_conn_status 429;
 
@@ -112,6 +115,18 @@ http {{
             return 403;
         }}
 
+        proxy_http_version 1.1;
+        proxy_set_header Connection "";
+        proxy_set_header Host localhost;
+        proxy_ssl_verify on;
+        proxy_ssl_trusted_certificate ca.crt;
+        proxy_ssl_name localhost;
+        proxy_ssl_protocols TLSv1.2 TLSv1.3;
+        proxy_connect_timeout 5s;
+        proxy_read_timeout 300s;
+        proxy_send_timeout 300s;
+        proxy_next_upstream off;
+
         location ~ ^/v1/fleet/(?:{calls})$ {{
             if ($fedseg_site = "") {{
                 return 403;
@@ -120,17 +135,19 @@ http {{
                 deny all;
             }}
             proxy_pass https://superlink;
-            proxy_http_version 1.1;
-            proxy_set_header Connection "";
-            proxy_set_header Host localhost;
-            proxy_ssl_verify on;
-            proxy_ssl_trusted_certificate ca.crt;
-            proxy_ssl_name localhost;
-            proxy_ssl_protocols TLSv1.2 TLSv1.3;
-            proxy_connect_timeout 5s;
-            proxy_read_timeout 300s;
-            proxy_send_timeout 300s;
-            proxy_next_upstream off;
+        }}
+
+        # so many pieces of arrays at once, whatever the number of sites: each takes memory here and in the SuperLink
+        location ~ ^/v1/fleet/(?:{transfers})$ {{
+            if ($fedseg_site = "") {{
+                return 403;
+            }}
+            limit_except POST {{
+                deny all;
+            }}
+            limit_conn connections {transfers_each};
+            limit_conn transfers {transfers_at_once};
+            proxy_pass https://superlink;
         }}
     }}
 }}
@@ -167,6 +184,9 @@ def nginx_configuration(
         listen=f"[{listen}]" if ":" in listen else listen,
         superlink_port=superlink_port,
         calls="|".join(FLEET_CALLS),
+        transfers="|".join(TRANSFERS),
+        transfers_each=TRANSFERS_EACH,
+        transfers_at_once=TRANSFERS_AT_ONCE,
         rate=RATE,
         burst=BURST,
         connections=CONNECTIONS,

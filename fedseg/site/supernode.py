@@ -14,6 +14,7 @@ import inspect
 import json
 import logging
 import os
+import random
 import signal
 import socket as sockets
 import ssl
@@ -84,18 +85,21 @@ class GuardedFleetClient(FleetHttpClient):
 
     def _unary_unary(self, **call: Any) -> Any:
         """Ask again when the fence says "not now": Flower would throw the site's answer away."""
-        end, pauses = time.monotonic() + BUSY_SECONDS, _pauses(0.5, 10.0)
+        end, pauses = time.monotonic() + BUSY_SECONDS, _pauses(0.2, 10.0)
         while True:
             try:
                 return super()._unary_unary(**call)
             except httpx.HTTPStatusError as error:
                 if error.response.status_code not in NOT_NOW or time.monotonic() > end:
                     raise
-                _tell(f"the coordinator answered {error.response.status_code}; it is asked again")
+                if (
+                    error.response.status_code != httpx.codes.TOO_MANY_REQUESTS
+                ):  # its way to say that others are sending
+                    _tell(f"the coordinator answered {error.response.status_code}; it is asked again")
             except httpx.TransportError as error:  # Flower asks again, and again
                 _tell(f"the coordinator cannot be reached: {error}")
                 raise
-            time.sleep(next(pauses))
+            time.sleep(next(pauses) * random.uniform(0.5, 1.5))  # sites that were sent away must not come back together
 
     def ActivateNode(self, request: Any) -> Any:  # noqa: N802
         """Join, as soon as the coordinator lets this site in.

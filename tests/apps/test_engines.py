@@ -24,16 +24,23 @@ needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason='
 
 @needs_ray
 @pytest.mark.timeout(200)
-def test_actors_give_the_weights_of_a_plain_loop_to_the_last_bit(tmp_path: Path) -> None:
+def test_actors_give_the_weights_of_a_plain_loop_to_the_last_bit_and_an_error_ends_them(tmp_path: Path) -> None:
+    import ray
+
     torch.set_num_threads(1)
     files, experiment = write_hospitals(tmp_path), tiny_experiment()
     (tmp_path / "Loire" / "data" / "dataset.json").write_text("{")
     expected = run_as_loop(experiment, files, tmp_path / "loop")
     store = RunStore(tmp_path / "ray")
     sites = [load_site(path) for path in files.values()]
-    with _fleet(sites, Machine(workers=2, engine="flower")) as fleet:
+    before, level = dict(os.environ), logging.getLogger("flwr").level
+    with pytest.raises(ZeroDivisionError), _fleet(sites, Machine(workers=2, engine="flower")) as fleet:
         assert isinstance(fleet, FlowerFleet)
         state = run_federation(experiment, fleet, store, lambda: start_state(experiment))
+        raise ZeroDivisionError
+    assert not ray.is_initialized()
+    assert dict(os.environ) == before
+    assert logging.getLogger("flwr").level == level
     assert digest(state.weights) == digest(expected.weights)
     query = "SELECT site, status, reason FROM updates WHERE server_round = 2 ORDER BY site"
     assert [tuple(row.values()) for row in store.rows(query)] == [
@@ -41,21 +48,6 @@ def test_actors_give_the_weights_of_a_plain_loop_to_the_last_bit(tmp_path: Path)
         ("Elbe", "accepted", None),
         ("Loire", "failed", "DataError"),
     ]
-
-
-@needs_ray
-@pytest.mark.timeout(120)
-def test_an_error_in_a_round_ends_the_engine_and_leaves_nothing_behind() -> None:
-    import ray
-
-    before, level = dict(os.environ), logging.getLogger("flwr").level
-    sites = [SiteConfig(name="Aare", data="/nowhere", cache="/nowhere", device="cpu")]
-    with pytest.raises(ZeroDivisionError), ray_fleet(sites, 1) as fleet:
-        assert fleet.sites() == ["Aare"]
-        raise ZeroDivisionError
-    assert not ray.is_initialized()
-    assert dict(os.environ) == before
-    assert logging.getLogger("flwr").level == level
 
 
 @needs_ray

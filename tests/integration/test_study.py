@@ -76,10 +76,14 @@ def before(study: Study) -> int:
 
 
 def goes_on(study: Study, before: int, site: str | None = None) -> None:
-    """Training goes on, and a site takes part in it."""
+    """Training goes on, and a site takes part in it; `pytest -rP` shows how long both took (docs/faults.md)."""
+    begun = time.monotonic()
+    study.wait_for_round(before + 1, PATIENCE)
+    print(f"the next round was finished after {time.monotonic() - begun:.1f} s")
     study.wait_for_round(before + 2, PATIENCE)
     if site is not None:
-        study.wait_for(lambda: study.accepted(site, before + 1), PATIENCE, f"{site} takes part again")
+        study.wait_for(lambda: study.accepted(site, before), PATIENCE, f"{site} takes part again")
+        print(f"{site} took part again after {time.monotonic() - begun:.1f} s")
 
 
 def entries(study: Study, site: str) -> list[dict[str, Any]]:

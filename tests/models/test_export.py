@@ -37,7 +37,7 @@ def test_an_exported_program_gives_the_same_logits_for_any_batch(tmp_path, name)
         torch.testing.assert_close(program(image), logits_of(model, image), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", ["mlru++", "unet", "rwkv-unet"])  # the others are made of the same operations
 def test_an_onnx_file_gives_the_same_logits(tmp_path, name):
     pytest.importorskip("onnxscript", reason="needs the onnx extra")
     runtime = pytest.importorskip("onnxruntime", reason="needs the onnx extra")
