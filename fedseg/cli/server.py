@@ -31,7 +31,8 @@ def start(
         bool, typer.Option("--fence/--no-fence", help="Run nginx with the kit's nginx.conf, too.")
     ] = False,
     stay: Annotated[
-        bool, typer.Option("--stay", help="When the study is finished, wait for SIGTERM: for what would start it again.")
+        bool,
+        typer.Option("--stay", help="When the study is finished, wait for SIGTERM: for what would start it again."),
     ] = False,
 ) -> None:
     """Run the study until it is finished. Whatever dies on the way is started again, after its last finished round.
@@ -63,7 +64,8 @@ def resume(
         bool, typer.Option("--fence/--no-fence", help="Run nginx with the kit's nginx.conf, too.")
     ] = False,
     stay: Annotated[
-        bool, typer.Option("--stay", help="When the study is finished, wait for SIGTERM: for what would start it again.")
+        bool,
+        typer.Option("--stay", help="When the study is finished, wait for SIGTERM: for what would start it again."),
     ] = False,
 ) -> None:
     """Go on with a study that was stopped, after its last finished round."""

@@ -252,7 +252,7 @@ def test_a_corrupt_volume_is_set_aside_and_counted_and_the_change_is_noticed(stu
     try:
         query = "SELECT quarantined FROM updates WHERE site = 'Loire' AND server_round > ? AND quarantined != '{}'"
         study.wait_for(lambda: study.rows(query, before), PATIENCE, "the volume is counted")
-        assert json.loads(study.rows(query, before)[0]["quarantined"]) == {"unreadable-image": 1}
+        assert json.loads(study.rows(query, before)[0]["quarantined"]) == {"unreadable": 1}
         changed = "SELECT server_round FROM events WHERE kind = 'data-changed' AND site = 'Loire' AND server_round > ?"
         assert study.rows(changed, before)
         assert image.name not in study.server_log()
