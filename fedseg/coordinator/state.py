@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import json
 import sqlite3
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,16 +49,33 @@ def holder(run_directory: Path) -> int | None:
         return None
 
 
-def query(run_directory: Path, statement: str, *values: object) -> list[tuple[Any, ...]]:
-    """Rows of a run store that another process may be writing; none while it is being made."""
+Store = Callable[..., list[sqlite3.Row]]
+"""Rows of a read-only query, with its values; each can be asked by position and by name."""
+
+
+@contextlib.contextmanager
+def reader(run_directory: Path) -> Iterator[Store]:
+    """A run store that another process may be writing; without rows while it is being made."""
     path = run_directory / "store.sqlite"
     if not path.exists():
-        return []
-    try:
-        with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=5)) as database:
-            return database.execute(statement, values).fetchall()
-    except sqlite3.Error:  # being made, or being repaired
-        return []
+        yield lambda *_: []
+        return
+    with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=5)) as database:
+        database.row_factory = sqlite3.Row
+
+        def rows(statement: str, *values: object) -> list[sqlite3.Row]:
+            try:
+                return database.execute(statement, values).fetchall()
+            except sqlite3.Error:  # being made, or being repaired
+                return []
+
+        yield rows
+
+
+def query(run_directory: Path, statement: str, *values: object) -> list[sqlite3.Row]:
+    """The rows of one query."""
+    with reader(run_directory) as store:
+        return store(statement, *values)
 
 
 def read_status(state: Path) -> dict[str, Any]:

@@ -39,7 +39,13 @@ def test_no_path_but_those_of_a_registered_node_is_passed_on(kits):
     text = configuration(kits, superlink_port=18123)
     passed = [block for block in re.findall(r"location [^{]*{[^}]*(?:{[^}]*}[^}]*)*}", text) if "proxy_pass" in block]
     patterns = [re.search(r"location ~ (\S+)", block)[1] for block in passed]
-    for path in ("/v1/control/list-runs", "/v1/runtime/acquire-task", "/v1/fleet/register-node", "/v1/fleet/get-run/x", "/"):
+    for path in (
+        "/v1/control/list-runs",
+        "/v1/runtime/acquire-task",
+        "/v1/fleet/register-node",
+        "/v1/fleet/get-run/x",
+        "/",
+    ):
         assert not any(re.search(pattern, path) for pattern in patterns), path
     for call in (*FLEET_CALLS, *TRANSFERS):
         assert any(re.search(pattern, f"/v1/fleet/{call}") for pattern in patterns), call

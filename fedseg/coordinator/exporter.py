@@ -1,0 +1,254 @@
+"""A study's rounds as Prometheus series, read from the run store whenever somebody asks.
+
+Nothing is counted in memory: a process that was killed shows the same series when it is started again, and a finished run goes
+on showing how it ended. Labels are names of runs, sites, structures and reason codes; there are never more of them than the
+study has.
+"""
+
+import json
+import sqlite3
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+from wsgiref.simple_server import WSGIServer
+
+from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from fedseg import __version__
+from fedseg.coordinator.state import Store, reader
+from fedseg.errors import ConfigError
+
+Kind = Literal["gauge", "counter"]
+
+
+@dataclass(frozen=True)
+class Series:
+    """One metric of the catalogue."""
+
+    name: str
+    """Without the `_total` of counters."""
+    kind: Kind
+    labels: tuple[str, ...]
+    help: str
+
+    @property
+    def exposed_name(self) -> str:
+        """As it stands in queries."""
+        return f"{self.name}_total" if self.kind == "counter" else self.name
+
+
+CATALOGUE: dict[str, Series] = {
+    series.name: series
+    for series in (
+        Series(
+            "fedseg_run_info", "gauge", ("run", "study", "model", "digest", "version"), "Always 1; says what is run."
+        ),
+        Series("fedseg_rounds_planned", "gauge", ("run",), "Rounds of the experiment."),
+        Series("fedseg_rounds_finished", "gauge", ("run",), "Last committed round; 0 are the initial weights."),
+        Series("fedseg_run_finished", "gauge", ("run",), "1 when the closing evaluation is in."),
+        Series("fedseg_run_started_timestamp_seconds", "gauge", ("run",), "When the run began, in seconds since 1970."),
+        Series(
+            "fedseg_run_resumes", "counter", ("run",), "How often the run went on after it had ended before its time."
+        ),
+        Series("fedseg_round_repeats", "counter", ("run",), "Attempts at rounds that missed the quorum."),
+        Series(
+            "fedseg_round_duration_seconds", "gauge", ("run",), "Duration of the last round, from its first request."
+        ),
+        Series("fedseg_checkpoint_timestamp_seconds", "gauge", ("run",), "When the last round was committed."),
+        Series("fedseg_sites_asked", "gauge", ("run",), "Sites that were asked in the last round."),
+        Series("fedseg_sites_accepted", "gauge", ("run",), "Sites whose update went into the last round."),
+        Series("fedseg_sites_required", "gauge", ("run",), "Quorum of the experiment."),
+        Series(
+            "fedseg_site_answers", "counter", ("run", "site", "status"), "Answers of a site by what became of them."
+        ),
+        Series(
+            "fedseg_site_failures",
+            "counter",
+            ("run", "site", "status", "reason"),
+            "Answers without an update, by reason.",
+        ),
+        Series("fedseg_site_last_round", "gauge", ("run", "site"), "Last round with an update of the site."),
+        Series("fedseg_site_last_update_timestamp_seconds", "gauge", ("run", "site"), "When that round was committed."),
+        Series("fedseg_site_cases", "gauge", ("run", "site"), "Training cases in the site's last update."),
+        Series(
+            "fedseg_site_quarantined_cases", "gauge", ("run", "site", "reason"), "Cases set aside in its last update."
+        ),
+        Series("fedseg_site_update_norm", "gauge", ("run", "site"), "L2 norm of the site's last update."),
+        Series("fedseg_site_update_bytes", "gauge", ("run", "site"), "Bytes of arrays in the site's last update."),
+        Series("fedseg_site_received_bytes", "counter", ("run", "site"), "Bytes of arrays that came from the site."),
+        Series("fedseg_site_answer_seconds", "gauge", ("run", "site"), "From the request to the site's last update."),
+        Series("fedseg_site_training_seconds", "gauge", ("run", "site"), "Training time in the site's last update."),
+        Series("fedseg_site_training_loss", "gauge", ("run", "site"), "Mean training loss in the site's last update."),
+        Series(
+            "fedseg_site_data_changes", "counter", ("run", "site"), "How often the site's data manifest has changed."
+        ),
+        Series(
+            "fedseg_site_score",
+            "gauge",
+            ("run", "site", "metric"),
+            "Mean over the site's validation cases, newest weights.",
+        ),
+        Series("fedseg_score_mean", "gauge", ("run", "metric"), "Mean of the sites' means, newest scored weights."),
+        Series("fedseg_score_worst", "gauge", ("run", "metric"), "Worst site's mean, newest scored weights."),
+        Series("fedseg_score_round", "gauge", ("run",), "Round of the newest scored weights."),
+        Series("fedseg_dice_best", "gauge", ("run",), "Best mean Dice of all scored rounds."),
+        Series(
+            "fedseg_rounds_since_best", "gauge", ("run",), "Rounds between the best mean Dice and the newest score."
+        ),
+    )
+}
+"""Every series of the coordinator; docs/metrics.md is made from it."""
+
+_HIGHER_IS_BETTER = ("dice", "surface_dice")
+
+
+class RunCollector(Collector):
+    """Reads one run directory at each scrape.
+
+    Args:
+        directory: of a run store; it may be empty for now.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def collect(self) -> Iterator[Metric]:
+        """All series of all runs in the directory."""
+        samples = _Samples()
+        with reader(self._directory) as store:
+            for run in store("SELECT * FROM runs ORDER BY run"):
+                _of_run(samples, store, run)
+        yield from samples.families()
+
+
+class _Samples:
+    """Samples by series, checked against the catalogue."""
+
+    def __init__(self) -> None:
+        self._families: dict[str, Metric] = {}
+
+    def add(self, name: str, value: float | None, *labels: str) -> None:
+        if value is None:
+            return
+        series = CATALOGUE[name]
+        if name not in self._families:
+            family = GaugeMetricFamily if series.kind == "gauge" else CounterMetricFamily
+            self._families[name] = family(name, series.help, labels=series.labels)
+        self._families[name].add_metric(labels, value)  # type: ignore[attr-defined]
+
+    def families(self) -> Iterator[Metric]:
+        yield from self._families.values()
+
+
+def _of_run(samples: _Samples, store: Store, run: sqlite3.Row) -> None:
+    name, experiment = run["run"], json.loads(run["experiment"])
+    federation = experiment["federation"]
+    samples.add("fedseg_run_info", 1, name, run["name"], experiment["model"]["name"], run["digest"][:16], __version__)
+    samples.add("fedseg_rounds_planned", federation["rounds"], name)
+    samples.add("fedseg_sites_required", federation["min_sites"], name)
+    samples.add("fedseg_run_finished", float(run["finished"] is not None), name)
+    samples.add("fedseg_run_started_timestamp_seconds", run["started"], name)
+    samples.add("fedseg_run_resumes", run["resumed"], name)
+    repeated = store("SELECT count(*) AS n FROM events WHERE run = ? AND kind = 'repeated'", name)
+    samples.add("fedseg_round_repeats", repeated[0]["n"] if repeated else 0, name)
+    last = store("SELECT * FROM rounds WHERE run = ? ORDER BY server_round DESC LIMIT 1", name)
+    if last:
+        number = last[0]["server_round"]
+        samples.add("fedseg_rounds_finished", number, name)
+        samples.add("fedseg_checkpoint_timestamp_seconds", last[0]["finished"], name)
+        samples.add("fedseg_round_duration_seconds", last[0]["seconds"], name)
+        samples.add("fedseg_sites_asked", len(json.loads(last[0]["asked"])), name)
+        accepted = "SELECT count(*) AS n FROM updates WHERE run = ? AND server_round = ? AND status = 'accepted'"
+        samples.add("fedseg_sites_accepted", store(accepted, name, number)[0]["n"], name)
+    _of_answers(samples, store, name)
+    _of_updates(samples, store, name)
+    _of_scores(samples, store, name)
+
+
+def _of_answers(samples: _Samples, store: Store, run: str) -> None:
+    answers = "SELECT site, status, count(*) AS n FROM updates WHERE run = ? GROUP BY site, status"
+    for row in store(answers, run):
+        samples.add("fedseg_site_answers", row["n"], run, row["site"], row["status"])
+    failures = (
+        "SELECT site, status, reason, count(*) AS n FROM updates WHERE run = ? AND status != 'accepted' "
+        "GROUP BY site, status, reason"
+    )
+    for row in store(failures, run):
+        samples.add("fedseg_site_failures", row["n"], run, row["site"], row["status"], row["reason"] or "")
+    changes = "SELECT site, count(*) AS n FROM events WHERE run = ? AND kind = 'data-changed' GROUP BY site"
+    for row in store(changes, run):
+        samples.add("fedseg_site_data_changes", row["n"], run, row["site"])
+
+
+def _of_updates(samples: _Samples, store: Store, run: str) -> None:
+    newest = (
+        "SELECT u.*, r.finished AS committed FROM updates u JOIN rounds r USING (run, server_round) "
+        "WHERE u.run = ? AND u.status = 'accepted' AND u.server_round = "
+        "(SELECT max(server_round) FROM updates WHERE run = u.run AND site = u.site AND status = 'accepted')"
+    )
+    for row in store(newest, run):
+        labels = (run, row["site"])
+        training = json.loads(row["training"])
+        samples.add("fedseg_site_last_round", row["server_round"], *labels)
+        samples.add("fedseg_site_last_update_timestamp_seconds", row["committed"], *labels)
+        samples.add("fedseg_site_cases", row["num_cases"], *labels)
+        samples.add("fedseg_site_update_norm", row["norm"], *labels)
+        samples.add("fedseg_site_update_bytes", row["bytes"], *labels)
+        samples.add("fedseg_site_answer_seconds", row["seconds"], *labels)
+        samples.add("fedseg_site_training_seconds", training.get("seconds"), *labels)
+        samples.add("fedseg_site_training_loss", training.get("loss"), *labels)
+        for reason, count in json.loads(row["quarantined"]).items():
+            samples.add("fedseg_site_quarantined_cases", count, *labels, reason)
+    received = "SELECT site, sum(bytes) AS n FROM updates WHERE run = ? AND status = 'accepted' GROUP BY site"
+    for row in store(received, run):
+        samples.add("fedseg_site_received_bytes", row["n"], run, row["site"])
+
+
+def _of_scores(samples: _Samples, store: Store, run: str) -> None:
+    scores = store("SELECT * FROM metrics WHERE run = ? ORDER BY server_round", run)
+    if not scores:
+        return
+    newest = scores[-1]["server_round"]
+    samples.add("fedseg_score_round", newest, run)
+    by_metric: dict[str, list[float]] = {}
+    by_round: dict[int, list[float]] = {}
+    for row in scores:
+        if row["name"] == "dice":
+            by_round.setdefault(row["server_round"], []).append(row["value"])
+        if row["server_round"] == newest:
+            samples.add("fedseg_site_score", row["value"], run, row["site"], row["name"])
+            by_metric.setdefault(row["name"], []).append(row["value"])
+    for metric, values in by_metric.items():
+        worst = min if metric.split("/")[0] in _HIGHER_IS_BETTER else max
+        samples.add("fedseg_score_mean", sum(values) / len(values), run, metric)
+        samples.add("fedseg_score_worst", worst(values), run, metric)
+    if by_round:
+        means = {number: sum(values) / len(values) for number, values in by_round.items()}
+        best = max(means, key=lambda number: means[number])
+        samples.add("fedseg_dice_best", means[best], run)
+        samples.add("fedseg_rounds_since_best", newest - best, run)
+
+
+def serve(directory: Path, host: str = "127.0.0.1", port: int = 0) -> tuple[WSGIServer, threading.Thread]:
+    """Answer scrapes of a run directory in a thread of its own.
+
+    Args:
+        directory: of a run store.
+        host: the loopback device, unless something in front of it asks who is there.
+        port: 0: any; the server that is returned knows it.
+
+    Raises:
+        ConfigError: the port is in use.
+    """
+    registry = CollectorRegistry()
+    registry.register(RunCollector(directory))
+    try:
+        return start_http_server(port, host, registry)
+    except OSError as error:
+        raise ConfigError(
+            f"metrics on {host}:{port}: cannot listen there: {error.strerror}; choose another port"
+        ) from error
