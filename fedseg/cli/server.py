@@ -34,6 +34,9 @@ def start(
         bool,
         typer.Option("--stay", help="When the study is finished, wait for SIGTERM: for what would start it again."),
     ] = False,
+    metrics: Annotated[
+        int | None, typer.Option(help="Loopback port on which Prometheus finds the study's series, such as 9464.")
+    ] = None,
 ) -> None:
     """Run the study until it is finished. Whatever dies on the way is started again, after its last finished round.
 
@@ -46,7 +49,7 @@ def start(
         raise ConfigError(
             f"{folder}: the study was stopped on {(folder / 'stopped').read_text().strip()}; `fedseg server resume` goes on"
         )
-    _run(kit, folder, health, wait_for_sites, fence, stay)
+    _run(kit, folder, health, wait_for_sites, fence, stay, metrics)
 
 
 @app.command()
@@ -67,11 +70,14 @@ def resume(
         bool,
         typer.Option("--stay", help="When the study is finished, wait for SIGTERM: for what would start it again."),
     ] = False,
+    metrics: Annotated[
+        int | None, typer.Option(help="Loopback port on which Prometheus finds the study's series, such as 9464.")
+    ] = None,
 ) -> None:
     """Go on with a study that was stopped, after its last finished round."""
     folder = state or kit / "state"
     (folder / "stopped").unlink(missing_ok=True)
-    _run(kit, folder, health, wait_for_sites, fence, stay)
+    _run(kit, folder, health, wait_for_sites, fence, stay, metrics)
 
 
 @app.command()
@@ -154,7 +160,35 @@ def logs(
                 time.sleep(0.3)
 
 
-def _run(kit: Path, state: Path, health: int | None, wait_for_sites: int, fence: bool, stay: bool) -> None:
+@app.command()
+def metrics(
+    directory: Annotated[Path, typer.Argument(help="Result directory of a study or of a simulation.")],
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 9464,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; the series are not secret, but nobody is asked who he is.")
+    ] = "127.0.0.1",
+    once: Annotated[bool, typer.Option("--once", help="Print the series and end.")] = False,
+) -> None:
+    """Show a run to Prometheus, while it runs and afterwards; docs/metrics.md lists the series."""
+    import threading
+
+    from prometheus_client import CollectorRegistry, generate_latest
+
+    from fedseg.coordinator.exporter import RunCollector, serve
+
+    if once:
+        registry = CollectorRegistry()
+        registry.register(RunCollector(directory))
+        typer.echo(generate_latest(registry).decode(), nl=False)
+        return
+    serve(directory, host, port)
+    typer.echo(f"series of {directory} on http://{host}:{port}/metrics", err=True)
+    threading.Event().wait()
+
+
+def _run(
+    kit: Path, state: Path, health: int | None, wait_for_sites: int, fence: bool, stay: bool, metrics: int | None
+) -> None:
     import signal
     from datetime import datetime
 
@@ -171,7 +205,7 @@ def _run(kit: Path, state: Path, health: int | None, wait_for_sites: int, fence:
     console = Console(highlight=False, soft_wrap=True, markup=False)
     port = opened.config.superlink_port or SUPERLINK_PORT
     supervisor = Supervisor(
-        Plan(opened, state.absolute(), port, health or port + 1, wait_for_sites, fence=fence),
+        Plan(opened, state.absolute(), port, health or port + 1, wait_for_sites, fence=fence, metrics_port=metrics),
         tell=lambda text: console.print(f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}"),
     )
     for number in (signal.SIGTERM, signal.SIGINT):

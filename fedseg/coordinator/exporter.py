@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_type_hints
 from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, start_http_server
@@ -21,6 +21,7 @@ from prometheus_client.registry import Collector
 from fedseg import __version__
 from fedseg.coordinator.state import Store, reader
 from fedseg.errors import ConfigError
+from fedseg.federated.messages import SiteFailure
 
 Kind = Literal["gauge", "counter"]
 
@@ -103,7 +104,15 @@ CATALOGUE: dict[str, Series] = {
 }
 """Every series of the coordinator; docs/metrics.md is made from it."""
 
+STATUSES = ("accepted", *get_args(get_type_hints(SiteFailure)["kind"]))
+"""What may become of an answer."""
 _HIGHER_IS_BETTER = ("dice", "surface_dice")
+
+
+def catalogue_table() -> str:
+    """The catalogue as a Markdown table."""
+    rows = [f"| `{s.exposed_name}` | {s.kind} | {', '.join(s.labels)} | {s.help} |" for s in CATALOGUE.values()]
+    return "\n".join(["| series | type | labels | meaning |", "| --- | --- | --- | --- |", *rows])
 
 
 class RunCollector(Collector):
@@ -171,8 +180,11 @@ def _of_run(samples: _Samples, store: Store, run: sqlite3.Row) -> None:
 
 def _of_answers(samples: _Samples, store: Store, run: str) -> None:
     answers = "SELECT site, status, count(*) AS n FROM updates WHERE run = ? GROUP BY site, status"
-    for row in store(answers, run):
-        samples.add("fedseg_site_answers", row["n"], run, row["site"], row["status"])
+    counts = {(row["site"], row["status"]): row["n"] for row in store(answers, run)}
+    sites = sorted({site for site, _ in counts})
+    for site in sites:
+        for status in STATUSES:  # zeros too, or the first refusal would not look like an increase
+            samples.add("fedseg_site_answers", counts.get((site, status), 0), run, site, status)
     failures = (
         "SELECT site, status, reason, count(*) AS n FROM updates WHERE run = ? AND status != 'accepted' "
         "GROUP BY site, status, reason"
@@ -180,8 +192,9 @@ def _of_answers(samples: _Samples, store: Store, run: str) -> None:
     for row in store(failures, run):
         samples.add("fedseg_site_failures", row["n"], run, row["site"], row["status"], row["reason"] or "")
     changes = "SELECT site, count(*) AS n FROM events WHERE run = ? AND kind = 'data-changed' GROUP BY site"
-    for row in store(changes, run):
-        samples.add("fedseg_site_data_changes", row["n"], run, row["site"])
+    changed = {row["site"]: row["n"] for row in store(changes, run)}
+    for site in sites:
+        samples.add("fedseg_site_data_changes", changed.get(site, 0), run, site)
 
 
 def _of_updates(samples: _Samples, store: Store, run: str) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 
 from fedseg.config import Experiment, load_experiment
 from fedseg.coordinator.between import Member, last_error, write_who
+from fedseg.coordinator.exporter import serve
 from fedseg.coordinator.fence import SUPERLINK_PORT, public_pem
 from fedseg.coordinator.state import RUN, finished, holder, is_held, query, rounds_done
 from fedseg.coordinator.superlink import REVOKED, Control, start_superlink
@@ -55,6 +56,8 @@ class Plan:
     """How long the ServerApp waits for them, and for the quorum in later rounds, before it gives up and is started again."""
     fence: bool = False
     """Run nginx too."""
+    metrics_port: int | None = None
+    """Answer Prometheus on this port of the loopback device; absent: not at all."""
 
     @property
     def run_directory(self) -> Path:
@@ -128,6 +131,9 @@ class Supervisor:
             bundle = plan.kit.app.read_bytes()
             _end_leftovers(plan.state)
             self.tell(f"study {plan.kit.config.study}, experiment {experiment.name}, state in {plan.state}")
+            if plan.metrics_port is not None:
+                serve(plan.run_directory, port=plan.metrics_port)
+                self.tell(f"series for Prometheus on http://127.0.0.1:{plan.metrics_port}/metrics")
             try:
                 while not self.stop.is_set():
                     if self._step(bundle):

@@ -37,8 +37,8 @@ def test_a_site_whose_certificate_has_expired_is_left_out(kits):
 
 def test_no_path_but_those_of_a_registered_node_is_passed_on(kits):
     text = configuration(kits, superlink_port=18123)
-    passed = [block for block in re.findall(r"location [^{]*{[^}]*(?:{[^}]*}[^}]*)*}", text) if "proxy_pass" in block]
-    patterns = [re.search(r"location ~ (\S+)", block)[1] for block in passed]
+    patterns = re.findall(r"location ~ (\S+) {", text)
+    assert "location / {\n            return 403;" in text
     for path in (
         "/v1/control/list-runs",
         "/v1/runtime/acquire-task",

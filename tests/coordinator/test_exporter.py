@@ -1,0 +1,153 @@
+import re
+import shutil
+import subprocess
+import urllib.request
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from fedseg.coordinator.exporter import CATALOGUE, RunCollector, catalogue_table, serve
+from fedseg.errors import ConfigError
+from fedseg.federated.messages import SiteFailure
+from tests.federated.toys import changed_fleet, run_toy, toy_experiment
+
+ROOT = Path(__file__).parents[2]
+
+
+def scrape(directory):
+    """All samples by name and labels."""
+    registry = CollectorRegistry()
+    registry.register(RunCollector(directory))
+    text = generate_latest(registry).decode()
+    found = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            found[sample.name, frozenset(sample.labels.items() - {("run", "federated")})] = sample.value
+    return text, found
+
+
+def value(found, name, **labels):
+    return found[name, frozenset(labels.items())]
+
+
+@pytest.fixture(scope="module")
+def eventful(tmp_path_factory):
+    """Three rounds in which B sends NaN once, C abstains twice and A changes its data."""
+    output = tmp_path_factory.mktemp("run")
+
+    def change(site, instructions, answer):
+        number = instructions.server_round
+        if site == "B" and number == 2 and instructions.train:
+            return replace(answer, delta={name: np.full_like(array, np.nan) for name, array in answer.delta.items()})
+        if site == "C" and number > 1:
+            return SiteFailure("C", number, "abstained", "too-few-cases")
+        return replace(answer, manifest=("a" if number < 3 else "b") * 64) if site == "A" else answer
+
+    run_toy(toy_experiment(rounds=3, min_sites=1), output, fleet=changed_fleet(change))
+    return output
+
+
+def test_the_series_say_what_happened(eventful):
+    _, found = scrape(eventful)
+    assert value(found, "fedseg_rounds_finished") == value(found, "fedseg_rounds_planned") == 3
+    assert value(found, "fedseg_run_finished") == 1
+    assert value(found, "fedseg_sites_asked") == 3
+    assert value(found, "fedseg_sites_accepted") == 2
+    answers = {(s, k): value(found, "fedseg_site_answers_total", site=s, status=k) for s in "ABC" for k in STATUSES}
+    told = {key: count for key, count in answers.items() if count}
+    assert told == {
+        ("A", "accepted"): 3,
+        ("B", "accepted"): 2,
+        ("B", "refused"): 1,
+        ("C", "accepted"): 1,
+        ("C", "abstained"): 2,
+    }
+    failures = value(found, "fedseg_site_failures_total", site="C", status="abstained", reason="too-few-cases")
+    assert failures == 2
+    assert value(found, "fedseg_site_failures_total", site="B", status="refused", reason="non-finite") == 1
+    assert [value(found, "fedseg_site_last_round", site=site) for site in "ABC"] == [3, 3, 1]
+    assert [value(found, "fedseg_site_data_changes_total", site=site) for site in "ABC"] == [1, 0, 0]
+    assert value(found, "fedseg_site_received_bytes_total", site="B") == 2 * value(
+        found, "fedseg_site_update_bytes", site="B"
+    )
+
+
+STATUSES = ("accepted", "abstained", "failed", "late", "refused")
+
+
+def test_scores_are_those_of_the_newest_scored_weights(eventful):
+    _, found = scrape(eventful)
+    assert value(found, "fedseg_score_round") == 3
+    by_site = [
+        v for (name, labels), v in found.items() if name == "fedseg_site_score" and ("metric", "dice/liver") in labels
+    ]
+    assert value(found, "fedseg_score_mean", metric="dice/liver") == pytest.approx(sum(by_site) / len(by_site))
+    assert value(found, "fedseg_score_worst", metric="dice/liver") == min(by_site)
+
+
+def test_every_series_is_in_the_catalogue_and_has_no_more_labels_than_that(eventful):
+    text, found = scrape(eventful)
+    known = {series.exposed_name: set(series.labels) for series in CATALOGUE.values()}
+    for name, labels in found:
+        assert {key for key, _ in labels} | {"run"} == known[name] | {"run"}, name
+    assert "case" not in {label for series in CATALOGUE.values() for label in series.labels}
+    for series in CATALOGUE.values():
+        assert series.exposed_name in text or series.name.startswith(("fedseg_dice", "fedseg_rounds_since")), (
+            series.name
+        )
+
+
+def test_the_documented_catalogue_is_the_real_one():
+    documented = (ROOT / "docs" / "metrics.md").read_text()
+    assert catalogue_table() in documented, "make it again from catalogue_table()"
+
+
+def test_a_directory_without_a_run_has_no_series(tmp_path):
+    assert scrape(tmp_path)[1] == {}
+
+
+def test_scrapes_are_answered_over_http_and_a_taken_port_is_named(eventful):
+    server, thread = serve(eventful)
+    port = server.server_port
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+            assert 'fedseg_rounds_finished{run="federated"} 3.0' in answer.read().decode()
+        with pytest.raises(ConfigError, match=f"127.0.0.1:{port}: cannot listen there"):
+            serve(eventful, port=port)
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join(10)
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool (Debian: prometheus) is not installed")
+def test_promtool_finds_nothing_wrong_with_the_series(eventful):
+    done = subprocess.run(
+        ["promtool", "check", "metrics"], input=scrape(eventful)[0], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_the_rules_name_series_that_exist():
+    text = (ROOT / "deploy" / "prometheus" / "rules.yml").read_text()
+    recorded = set(re.findall(r"record: (\S+)", text))
+    known = {series.exposed_name for series in CATALOGUE.values()} | recorded
+    expressions = re.findall(r"expr: (?:>\n((?:          .*\n)+)|(.*)\n)", text)
+    used = {name for pair in expressions for name in re.findall(r"fedseg[a-z0-9_:]+", "".join(pair))} - {
+        "fedseg-coordinator"
+    }
+    assert used
+    assert used <= known, used - known
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool (Debian: prometheus) is not installed")
+@pytest.mark.parametrize("check", ["check config prometheus.yml", "check rules rules.yml", "test rules rules_test.yml"])
+def test_promtool_finds_nothing_wrong_with_configuration_and_rules(check):
+    done = subprocess.run(
+        ["promtool", *check.split()], cwd=ROOT / "deploy" / "prometheus", capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
