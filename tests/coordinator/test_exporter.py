@@ -95,10 +95,8 @@ def test_every_series_is_in_the_catalogue_and_has_no_more_labels_than_that(event
     for name, labels in found:
         assert {key for key, _ in labels} | {"run"} == known[name] | {"run"}, name
     assert "case" not in {label for series in CATALOGUE.values() for label in series.labels}
-    for series in CATALOGUE.values():
-        assert series.exposed_name in text or series.name.startswith(("fedseg_dice", "fedseg_rounds_since")), (
-            series.name
-        )
+    missing = {series.name for series in CATALOGUE.values() if series.exposed_name not in text}
+    assert missing <= {"fedseg_site_training_seconds"}  # toys take no time
 
 
 def test_the_documented_catalogue_is_the_real_one():
