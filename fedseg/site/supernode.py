@@ -15,6 +15,8 @@ import json
 import logging
 import os
 import random
+import re
+import shutil
 import signal
 import socket as sockets
 import ssl
@@ -34,8 +36,11 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519
 from flwr.proto.fleet_pb2 import DeactivateNodeRequest
 from flwr.supercore.error import ApiErrorCode, FlowerError
+from flwr.supercore.object_store import ObjectStore
 from flwr.supernode import fleet_http_connection, start_client_internal
 from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.nodestate import NodeState
+from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState, MessageEntry
 
 from fedseg.coordinator.bundle import bundle_digest
 from fedseg.errors import ConfigError, KitError
@@ -45,13 +50,18 @@ from fedseg.site.clientapps import start_executor
 
 log = logging.getLogger(__name__)
 _told: dict[str, float] = {}
+_flowers_push = start_client_internal._push_messages
 
 ENTITY = "fedseg-site-approval"
 LOOK_AGAIN = (0.2, 1.0)
 """Shortest and longest pause in seconds between two looks for work."""
 LOOKS_SECONDS = 20.0
 """How long one call looks for work before it says that there is none."""
+_APP = re.compile(r"[A-Za-z0-9][\w-]*/[A-Za-z0-9][\w-]*", re.ASCII)
+_VERSION = re.compile(r"[0-9][\w.+-]*", re.ASCII)
 NOT_NOW = (429, 500, 502, 503, 504)
+ANSWER_SECONDS = 0.1
+"""Between two looks for an answer."""
 BUSY_SECONDS = 300.0
 """How long a coordinator that answers so is asked again."""
 
@@ -62,6 +72,10 @@ class GuardedFleetClient(FleetHttpClient):
     kit: ClassVar[Kit]
     last_node: ClassVar[Path]
     vouch: ClassVar[ed25519.Ed25519PrivateKey]
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._client.follow_redirects = False  # else a coordinator could send requests around in the hospital's network
 
     @classmethod
     def from_server_address(
@@ -130,17 +144,31 @@ class GuardedFleetClient(FleetHttpClient):
                 return response
             time.sleep(next(pauses))
 
+    def GetRun(self, request: Any) -> Any:  # noqa: N802
+        """Ask about a run; its app's name and version become part of a path, so one that leads elsewhere gets no bundle."""
+        response = super().GetRun(request)
+        run = response.run
+        if not (_APP.fullmatch(run.fab_id) and _VERSION.fullmatch(run.fab_version)):
+            log.error("refused a run of app %.200r, version %.200r: no app is called that", run.fab_id, run.fab_version)
+            run.fab_hash = ""
+        return response
+
     def GetFab(self, request: Any) -> Any:  # noqa: N802
-        """Fetch a bundle, and vouch for it if the hospital has approved it; what others say about it does not count."""
+        """Fetch a bundle, and vouch for it if the hospital has approved it; what others say about it does not count.
+
+        It must be the one that the run names: under that digest Flower looks for what it loads, and may find an earlier bundle.
+        """
         response = super().GetFab(request)
         response.fab.verifications.clear()
         content = bytes(response.fab.content)
-        if is_approved(self.kit.folder, content):
+        digest = bundle_digest(content)
+        if not digest == request.hash_str == response.fab.hash_str:
+            log.error("refused app bundle %s: the run is one of bundle %.100r", digest, request.hash_str)
+        elif is_approved(self.kit.folder, content):
             response.fab.verifications.update(_vouched(content, self.vouch))
         else:
             log.error(
-                "refused app bundle %s: it is not approved here; `fedseg site approve` shows and approves one",
-                bundle_digest(content),
+                "refused app bundle %s: it is not approved here; `fedseg site approve` shows and approves one", digest
             )
         return response
 
@@ -164,11 +192,14 @@ def run_supernode(kit: Kit, socket: Path, *, home: Path, port: int = 0) -> None:
     GuardedFleetClient.kit, GuardedFleetClient.last_node = kit, home / "node-id"
     GuardedFleetClient.vouch = ed25519.Ed25519PrivateKey.generate()
     vars(fleet_http_connection)["FleetHttpClient"] = GuardedFleetClient
+    vars(start_client_internal)["_push_messages"] = push_every_answer
     entities = home / "trusted-entity.yaml"
     public = GuardedFleetClient.vouch.public_key().public_bytes(
         serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
     )
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for left in home.glob("app-*"):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
     entities.write_text(json.dumps({ENTITY: public.decode()}))
     from flwr.supernode.cli.flower_supernode import flower_supernode
 
@@ -198,6 +229,30 @@ def _arguments(kit: Kit, key: Path, entities: Path, socket: Path, port: int) -> 
     ]  # fmt: skip
 
 
+def push_every_answer(state: NodeState, object_store: ObjectStore, send: Any, push_object: Any) -> None:
+    """Send answers until no message is left without one.
+
+    Flower's loop takes one message and then sends whatever answer lies there. An answer that was left over, from a run that ended
+    while the coordinator was down, then goes out in place of the right one, and from then on every answer waits until the next
+    message comes: the site is late for ever.
+    """
+    assert isinstance(state, InMemoryNodeState)
+    while True:
+        state.get_messages_legacy(run_ids=[])  # takes none, but answers for ClientApps that have died
+        kept = [(entry.message.metadata.reply_to_message_id != "", entry.is_retrieved) for entry in _messages(state)]
+        if (True, False) in kept:
+            _flowers_push(state, object_store, send, push_object)
+        elif all(is_answer for is_answer, _ in kept):
+            return
+        else:
+            time.sleep(ANSWER_SECONDS)
+
+
+def _messages(state: InMemoryNodeState) -> list[MessageEntry]:
+    with state.lock_msg_store:
+        return list(state.msg_store.values())
+
+
 def check_flower() -> None:
     """See whether Flower still has what this module holds on to.
 
@@ -208,6 +263,7 @@ def check_flower() -> None:
         "FleetHttpClient": getattr(fleet_http_connection, "FleetHttpClient", None),
         "http_request_response": getattr(start_client_internal, "http_request_response", None),
         "_verify_fab": getattr(start_client_internal, "_verify_fab", None),
+        "_push_messages": getattr(start_client_internal, "_push_messages", None),
     }
     missing = [name for name, found in wanted.items() if found is None]
     source = inspect.getsource(fleet_http_connection) + inspect.getsource(start_client_internal)
