@@ -140,7 +140,9 @@ class _Run:
         instructions = final_instructions(state, self.document)
         asked = tuple(sorted(self.fleet.sites()))
         scores: dict[str, dict[str, float]] = {}
+        self.store.waiting.begin(state.server_round, asked, closing=True)
         for answer in self.fleet.exchange(instructions, asked, self.experiment.federation.deadline):
+            self.store.waiting.answered(answer.site)
             try:
                 if isinstance(answer, SiteUpdate):
                     _check_asked(answer, asked, scores)
@@ -153,6 +155,7 @@ class _Run:
             self._note(failure)
         scores = {site: scores[site] for site in sorted(scores) if scores[site]}
         self.store.finish(state.server_round, scores)
+        self.store.waiting.end()
         self.observe(Event("finished", state.server_round, scores=scores))
 
     def _until_quorum(self, state: ServerState) -> tuple[_Attempt, RoundReport]:
@@ -162,9 +165,11 @@ class _Run:
         for number in range(1, config.max_attempts + 1):
             asked = choose_sites(self.fleet.sites(), self.experiment, server_round, number)
             self.observe(Event("round", server_round, asked=asked))
+            self.store.waiting.begin(server_round, asked, number)
             reach("round-begun")
             attempt = _Attempt(asked, make_aggregator(config.aggregate, config.trim))
             for answer in self.fleet.exchange(instructions, asked, config.deadline):
+                self.store.waiting.answered(answer.site)
                 outcome = self._take(answer, attempt, state)
                 if isinstance(outcome, SiteFailure):
                     failures.append(outcome)

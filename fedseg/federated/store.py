@@ -21,6 +21,7 @@ from fedseg.errors import StoreError
 from fedseg.federated.checkpoint import load_state, save_state
 from fedseg.federated.faults import reach
 from fedseg.federated.rounds import AcceptedUpdate, RoundReport, ServerState
+from fedseg.federated.waiting import WaitingFile, waiting_path
 from fedseg.federated.weights import digest
 
 log = logging.getLogger(__name__)
@@ -68,6 +69,7 @@ class RunStore:
     def __init__(self, directory: Path, run: str = "federated") -> None:
         self.directory, self.run = directory, run
         self._lock: IO[bytes] | None = None
+        self.waiting = WaitingFile(waiting_path(directory, run))
         (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
         try:
             self._db = sqlite3.connect(directory / "store.sqlite", timeout=60, isolation_level=None)
