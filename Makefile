@@ -19,7 +19,7 @@ demo: .venv/.base ## Simulate a small federation on phantoms: tables on the scre
 	.venv/bin/fedseg simulate simulations/demo.toml --output runs/demo --overwrite
 
 test: .venv/.dev ## Install, then run all tests, on two cores
-	.venv/bin/pytest -n 2 --dist loadfile
+	.venv/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: .venv/.dev ## Lint, types, import contracts
 	.venv/bin/ruff check .

@@ -14,3 +14,8 @@ def hippocampus():
     if not (folder / "dataset.json").is_file():
         pytest.skip(f"no hippocampus volumes in {folder}; set FEDSEG_HIPPOCAMPUS to their folder")
     return folder
+
+
+def pytest_collection_modifyitems(items):
+    """What mostly waits for other processes comes first, so that it does not run alone at the end on one of two workers."""
+    items.sort(key=lambda item: "integration/test_study" not in item.nodeid)

@@ -11,7 +11,7 @@ from tests.coordinator.studies import Studies
 run = CliRunner()
 
 
-def provision(study, *options, columns=200):
+def provision(study, *options, columns=400):
     done = run.invoke(
         app, ["provision", str(study.file), "-o", str(study.kits), *options], env={"COLUMNS": str(columns)}
     )
