@@ -1,6 +1,7 @@
-"""Processes that are started and ended by others."""
+"""Processes that are started and ended by others, and the ports that they need."""
 
 import signal
+import socket
 import subprocess
 import sys
 
@@ -11,6 +12,17 @@ def die_with_parent() -> None:
         import ctypes
 
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def is_port_taken(port: int) -> bool:
+    """Whether a process listens on a port of the loopback device."""
+    with socket.socket(socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what ended a moment ago does not count
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return True
+    return False
 
 
 def end_process(process: "subprocess.Popen[bytes]", patience: float = 10.0) -> None:

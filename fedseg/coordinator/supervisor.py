@@ -27,7 +27,7 @@ from fedseg.coordinator.state import RUN, finished, holder, is_held, query, roun
 from fedseg.coordinator.superlink import REVOKED, Control, start_superlink
 from fedseg.errors import ConfigError, FedsegError, KitError, SuperLinkError
 from fedseg.kit import Kit, Roster, load_roster
-from fedseg.processes import die_with_parent, end_process
+from fedseg.processes import die_with_parent, end_process, is_port_taken
 
 log = logging.getLogger(__name__)
 
@@ -174,6 +174,13 @@ class Supervisor:
         if not self._links.over:
             return False
         plan = self.plan
+        if is_port_taken(plan.port):  # else the other study's SuperLink would be taken for this one's
+            self._links.failed(None)
+            self._trouble(
+                f"127.0.0.1:{plan.port} is taken by another program, perhaps by the server of another study; end it, or give "
+                "this study another coordinator.superlink_port in its study file"
+            )
+            return False
         self._superlink = start_superlink(plan.kit, plan.state, port=plan.port, health_port=plan.health_port)
         (plan.state / "superlink.pid").write_text(str(self._superlink.pid))
         control = Control(plan.kit, plan.port)
@@ -251,7 +258,7 @@ class Supervisor:
         if run is None or run.status == "finished":
             if run is not None and run.outcome == "completed":
                 return  # the store says so too, at the next look
-            self._run_ended(f"{run.outcome}: {run.details}" if run else "it is unknown to the SuperLink")
+            self._run_ended(f"{run.outcome}: {run.details}".rstrip(": ") if run else "it is unknown to the SuperLink")
         elif died:
             self._control.stop(self._run_id)
             self._run_ended("its process has died")
@@ -297,7 +304,8 @@ class Supervisor:
             self._restarts["fence"] += 1
             pause = self._fences.failed(None)
             self._trouble(
-                f"the fence has ended (exit code {self._fence.returncode}); it is started again in {pause:.0f} s"
+                f"the fence has ended (exit code {self._fence.returncode}); it is started again in {pause:.0f} s; "
+                f"{self.plan.state / 'nginx.log'} says why"
             )
             self._fence = None
         if not self._fences.over:

@@ -1,16 +1,18 @@
 """Site service and gate on one machine: both are kept running, each as a process of its own."""
 
+import contextlib
+import fcntl
 import logging
 import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedseg.errors import ConfigError
+from fedseg.errors import ConfigError, KitError
 from fedseg.kit import Kit
 from fedseg.processes import die_with_parent, end_process
 from fedseg.site.config import SiteConfig, load_site
@@ -80,11 +82,22 @@ class Household:
         """Start both, start again what ends, end both.
 
         Raises:
-            ConfigError: the site file is of another site.
+            ConfigError: the site file is of another site, or both are running already.
+            KitError: the kit is the coordinator's.
         """
+        if self.kit.config.role != "site":
+            raise KitError(f"{self.kit.folder}: is the coordinator's kit; use the one that was made for this hospital")
         config = load_site(self.site_file)
         require_own_name(self.kit, config)
         config.state_folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with _alone(config.state_folder):
+            self._keep_both(config)
+
+    def _keep_both(self, config: SiteConfig) -> None:
+        if not Path(config.data).is_dir():
+            self.tell(
+                f"{config.data}: no such folder; until it is there, the site fails every round (data in {self.site_file})"
+            )
         fedseg = [sys.executable, "-m", "fedseg", "site"]
         socket = str(Path(config.socket).absolute())
         service = _Kept(
@@ -116,6 +129,17 @@ class Household:
         if kept.process is None and time.monotonic() >= kept.not_before:
             kept.start()
             self.tell(f"the {kept.name} is running; its log is {kept.log}")
+
+
+@contextlib.contextmanager
+def _alone(state: Path) -> Iterator[None]:
+    """Two gates with one key would shut each other out."""
+    with (state / ".start.lock").open("wb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"{state}: another `fedseg site start` is running there") from None
+        yield
 
 
 def require_own_name(kit: Kit, config: SiteConfig) -> None:

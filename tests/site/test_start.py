@@ -1,0 +1,35 @@
+import pytest
+
+from fedseg.errors import ConfigError, KitError
+from fedseg.kit import load_kit
+from fedseg.site.start import Household
+from tests.site.ready import ReadySite
+
+
+def test_a_second_start_of_the_same_site_is_refused(tmp_path):
+    ready, refusals = ReadySite(tmp_path, data=False), []
+
+    def start_again(_text):
+        first.stop.set()
+        if not refusals:
+            with pytest.raises(ConfigError) as refusal:
+                Household(load_kit(ready.kit), ready.file).run()
+            refusals.append(str(refusal.value))
+
+    first = Household(load_kit(ready.kit), ready.file, tell=start_again)
+    first.run()
+    assert refusals == [f"{ready.kit / 'state'}: another `fedseg site start` is running there"]
+
+
+def test_a_data_folder_that_is_not_there_is_told_at_once(tmp_path):
+    ready, told = ReadySite(tmp_path, data=False), []
+    household = Household(load_kit(ready.kit), ready.file, tell=told.append)
+    household.stop.set()
+    household.run()
+    assert told[0].startswith(f"{ready.data}: no such folder")
+
+
+def test_the_coordinators_kit_starts_no_site(tmp_path):
+    ready = ReadySite(tmp_path, data=False)
+    with pytest.raises(KitError, match="is the coordinator's kit; use the one that was made for this hospital"):
+        Household(load_kit(ready.study.coordinator), ready.file).run()
