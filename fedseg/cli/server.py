@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, Group
 
 app = typer.Typer(no_args_is_help=True, help="The coordinator's side of a study: start, watch, stop, go on.")
 
@@ -186,6 +186,56 @@ def metrics(
     threading.Event().wait()
 
 
+@app.command()
+def watch(
+    directory: Annotated[
+        Path, typer.Argument(help="The coordinator's kit, its state folder, or the result directory of a simulation.")
+    ] = Path(),
+    state: Annotated[Path | None, typer.Option(help="The state folder, if it is not `state` in the kit.")] = None,
+    web: Annotated[bool, typer.Option("--web", help="As a page for a browser instead of here.")] = False,
+    port: Annotated[int, typer.Option(help="Port of the page; 0: any that is free.")] = 9464,
+    host: Annotated[
+        str, typer.Option(help="Address of the page; it is not secret, but nobody is asked who he is.")
+    ] = "127.0.0.1",
+    run: Annotated[str | None, typer.Option(help="Which run of a simulation; absent: the federated one.")] = None,
+    once: Annotated[bool, typer.Option("--once", help="Show it once and end.")] = False,
+) -> None:
+    """Watch rounds and sites while a study or a simulation runs, and afterwards. Ctrl-C ends watching, not the study."""
+    import contextlib
+    import threading
+    import time
+
+    from fedseg.errors import ConfigError
+
+    folder = state or (directory / "state" if (directory / "kit.toml").exists() else directory)
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such folder; name a kit, a state folder (--state) or a result directory")
+    with contextlib.suppress(KeyboardInterrupt):
+        if web:
+            from fedseg.coordinator.exporter import serve
+
+            server, _ = serve(folder, host, port)
+            shown = f"[{host}]" if ":" in host else host
+            typer.echo(
+                f"{folder} on http://{shown}:{server.server_port}/ ; Ctrl-C ends watching, not the study", err=True
+            )
+            threading.Event().wait()
+
+        from rich.console import Console
+        from rich.live import Live
+
+        from fedseg.coordinator.watch import watched
+
+        console = Console(highlight=False)
+        if once:
+            console.print(_seen(watched(folder, run)))
+            return
+        with Live(console=console, auto_refresh=False) as live:
+            while True:
+                live.update(_seen(watched(folder, run)), refresh=True)
+                time.sleep(2)
+
+
 def _run(
     kit: Path, state: Path, health: int | None, wait_for_sites: int, fence: bool, stay: bool, metrics: int | None
 ) -> None:
@@ -235,3 +285,39 @@ def _show(found: dict[str, Any], console: "Console") -> None:
         dice = f"{site['dice']:.3f}" if site["dice"] is not None else ""
         table.add_row(site["name"], site["node"], str(site["round"] or ""), moment, dice, site["said"])
     console.print(table)
+
+
+def _seen(found: dict[str, Any]) -> "Group":
+    """What `watch` shows in a terminal."""
+    from datetime import datetime
+
+    from rich.console import Group
+    from rich.markup import escape
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+
+    def clock(seconds: float | None, absent: str = "") -> str:
+        return absent if seconds is None else f"{datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M:%S}"
+
+    heading = f"[bold]{escape(found['study'] or 'fedseg')}[/] ({found['run']}): {found['state']}, round {found['round']} of {found['of']}"
+    if found["expected_end"] is not None:
+        heading += f", expected end {clock(found['expected_end'])}"
+    lines = [heading]
+    if waiting := found["waiting"]:
+        names = ", ".join(waiting["sites"][:8]) + (
+            f" and {len(waiting['sites']) - 8} more" if len(waiting["sites"]) > 8 else ""
+        )
+        lines.append(f"waiting for {escape(names) or 'nobody'} since {clock(waiting['since'])}")
+    table = Table("site", "state", "last answer", "last update", "cases", "set aside", "Dice", "loss", "said last")
+    for site in found["sites"]:
+        said = f"{site['said']} ({site['reason']})" if site["reason"] else site["said"]
+        numbers = [str(site[key]) if site[key] is not None else "" for key in ("round", "cases", "quarantined")]
+        scores = [f"{site[key]:.3f}" if site[key] is not None else "" for key in ("dice", "loss")]
+        table.add_row(
+            escape(site["name"]), site["state"], clock(site["seen"], "never"), *numbers, *scores, escape(said)
+        )
+    events = [
+        f"{clock(event['time'])} round {event['round']}: {' '.join(filter(None, (event['site'], event['kind'], event['detail'])))}"
+        for event in found["events"][:5]
+    ]
+    return Group(*lines, ProgressBar(total=found["of"] or 1, completed=found["round"]), table, *map(escape, events))

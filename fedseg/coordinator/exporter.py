@@ -12,14 +12,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args, get_type_hints
-from wsgiref.simple_server import WSGIServer
 
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from fedseg import __version__
 from fedseg.coordinator.state import Store, reader
+from fedseg.coordinator.watch import places
+from fedseg.coordinator.web import WatchingServer, watching_app
 from fedseg.errors import ConfigError
 from fedseg.federated.messages import SiteFailure
 
@@ -246,11 +247,11 @@ def _of_scores(samples: _Samples, store: Store, run: str) -> None:
         samples.add("fedseg_rounds_since_best", newest - best, run)
 
 
-def serve(directory: Path, host: str = "127.0.0.1", port: int = 0) -> tuple[WSGIServer, threading.Thread]:
-    """Answer scrapes of a run directory in a thread of its own.
+def serve(directory: Path, host: str = "127.0.0.1", port: int = 0) -> tuple[WatchingServer, threading.Thread]:
+    """Answer scrapes, and show the watching page, in a thread of its own.
 
     Args:
-        directory: of a run store.
+        directory: a run directory, or a study's state folder.
         host: the loopback device, unless something in front of it asks who is there.
         port: 0: any; the server that is returned knows it.
 
@@ -258,10 +259,13 @@ def serve(directory: Path, host: str = "127.0.0.1", port: int = 0) -> tuple[WSGI
         ConfigError: the port is in use.
     """
     registry = CollectorRegistry()
-    registry.register(RunCollector(directory))
+    registry.register(RunCollector(places(directory)[0]))
     try:
-        return start_http_server(port, host, registry)
+        server = WatchingServer((host, port), watching_app(directory, registry))
     except OSError as error:
         raise ConfigError(
             f"metrics on {host}:{port}: cannot listen there: {error.strerror}; choose another port"
         ) from error
+    thread = threading.Thread(target=server.serve_forever, name="watching", daemon=True)
+    thread.start()
+    return server, thread
