@@ -5,10 +5,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fedseg.cli import history
+
 if TYPE_CHECKING:
     from rich.console import Console, Group
 
 app = typer.Typer(no_args_is_help=True, help="The coordinator's side of a study: start, watch, stop, go on.")
+for command in (history.runs, history.show, history.export):
+    app.command()(command)
 
 KitFolder = Annotated[Path, typer.Argument(help="The coordinator's kit.")]
 State = Annotated[
@@ -296,28 +300,26 @@ def _seen(found: dict[str, Any]) -> "Group":
     from rich.progress_bar import ProgressBar
     from rich.table import Table
 
-    def clock(seconds: float | None, absent: str = "") -> str:
-        return absent if seconds is None else f"{datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M:%S}"
+    def clock(seconds: float | None) -> str:
+        return "never" if seconds is None else f"{datetime.fromtimestamp(seconds):%d %b %H:%M:%S}"
 
-    heading = f"[bold]{escape(found['study'] or 'fedseg')}[/] ({found['run']}): {found['state']}, round {found['round']} of {found['of']}"
+    name = escape(found["study"] or "fedseg")
+    heading = f"[bold]{name}[/] ({found['run']}): {found['state']}, round {found['round']} of {found['of'] or '?'}"
     if found["expected_end"] is not None:
         heading += f", expected end {clock(found['expected_end'])}"
     lines = [heading]
     if waiting := found["waiting"]:
-        names = ", ".join(waiting["sites"][:8]) + (
-            f" and {len(waiting['sites']) - 8} more" if len(waiting["sites"]) > 8 else ""
-        )
+        others = len(waiting["sites"]) - 8
+        names = ", ".join(waiting["sites"][:8]) + (f" and {others} more" if others > 0 else "")
         lines.append(f"waiting for {escape(names) or 'nobody'} since {clock(waiting['since'])}")
-    table = Table("site", "state", "last answer", "last update", "cases", "set aside", "Dice", "loss", "said last")
+    table = Table("site", "state", "last answer", "cases", "Dice", "loss", "said last", pad_edge=False)
     for site in found["sites"]:
         said = f"{site['said']} ({site['reason']})" if site["reason"] else site["said"]
-        numbers = [str(site[key]) if site[key] is not None else "" for key in ("round", "cases", "quarantined")]
         scores = [f"{site[key]:.3f}" if site[key] is not None else "" for key in ("dice", "loss")]
-        table.add_row(
-            escape(site["name"]), site["state"], clock(site["seen"], "never"), *numbers, *scores, escape(said)
-        )
-    events = [
-        f"{clock(event['time'])} round {event['round']}: {' '.join(filter(None, (event['site'], event['kind'], event['detail'])))}"
-        for event in found["events"][:5]
-    ]
-    return Group(*lines, ProgressBar(total=found["of"] or 1, completed=found["round"]), table, *map(escape, events))
+        cases = str(site["cases"]) if site["cases"] is not None else ""
+        table.add_row(escape(site["name"]), site["state"], clock(site["seen"]), cases, *scores, escape(said))
+    events = []
+    for event in found["events"][:5]:
+        words = " ".join(filter(None, (event["site"], event["kind"], event["detail"])))
+        events.append(escape(f"{clock(event['time'])} round {event['round']}: {words}"))
+    return Group(*lines, ProgressBar(total=found["of"] or 1, completed=found["round"]), table, *events)
