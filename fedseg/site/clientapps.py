@@ -10,14 +10,17 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 
+from flwr.app import Error
 from flwr.supercore.constant import TaskType
 from flwr.supercore.exit import ExitCode
 from flwr.supercore.superexec import run_superexec as superexec
 from flwr.supercore.superexec.executor import ExecutionSpec, LaunchResult
 from flwr.supercore.superexec.executor.subprocess_executor import SubprocessExecutor
+from flwr.supercore.utils import get_flwr_home
 
 from fedseg.processes import die_with_parent
 
@@ -71,11 +74,20 @@ def _wait_for_messages(address: str) -> None:
 
 
 def _run_clientapp(spec: ExecutionSpec) -> None:
-    from flwr.supernode.runtime.run_clientapp import run_clientapp
+    from flwr.supernode.runtime import run_clientapp
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
-    run_clientapp(spec.runtime_api_address, spec.token, insecure=True, parent_pid=os.getppid())
+    vars(run_clientapp)["Error"] = _without_text
+    with tempfile.TemporaryDirectory(prefix="app-", dir=get_flwr_home()) as home:
+        os.environ["FLWR_HOME"] = home  # Flower would take a folder that is there already for the bundle
+        run_clientapp.run_clientapp(spec.runtime_api_address, spec.token, insecure=True, parent_pid=os.getppid())
+
+
+def _without_text(code: int, reason: str | None = None) -> Error:
+    """Flower's error for the coordinator without its text, which may name paths of the hospital; the log has it."""
+    del reason
+    return Error(code)
 
 
 def _end_with(work: Callable[[], None]) -> None:

@@ -7,7 +7,7 @@ from flwr.supercore.constant import TaskType
 from flwr.supercore.superexec.executor import ExecutionSpec
 from flwr.supercore.superexec.executor.types import LaunchResultStatus
 
-from fedseg.site.clientapps import ForkingExecutor
+from fedseg.site.clientapps import ForkingExecutor, _without_text
 from fedseg.site.supernode import check_flower
 
 SPEC = ExecutionSpec(
@@ -57,3 +57,8 @@ def test_a_process_that_ends_its_work_with_an_error_runs_nothing_of_its_parents(
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout == "parent 1\n"
     assert "ZeroDivisionError" in done.stderr
+
+
+def test_an_error_of_flowers_own_leaves_without_its_text():
+    error = _without_text(7, "[Errno 28] No space left on device: '/home/mueller/patients'")
+    assert (error.code, error.reason) == (7, None)
