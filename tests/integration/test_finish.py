@@ -1,5 +1,6 @@
 """The way of a hospital without an IT department: `fedseg site start`, a study that comes to its end, a clean stop."""
 
+import shutil
 from collections.abc import Iterator
 
 import pytest
@@ -10,7 +11,11 @@ from fedseg.model_file import load_model_file
 from tests.apps.hospitals import tiny_experiment
 from tests.integration.study import Study, command_of
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(280)]
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.timeout(280),
+    pytest.mark.skipif(shutil.which("nginx") is None, reason="needs nginx, which is not installed"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -35,6 +35,7 @@ from tests.integration.study import PYTHON, ROOT, Study, devices, rows
 
 pytestmark = [
     pytest.mark.integration,
+    pytest.mark.skipif(shutil.which("nginx") is None, reason="needs nginx, which is not installed"),
     pytest.mark.timeout(300),
 ]
 
