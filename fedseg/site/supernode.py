@@ -40,7 +40,7 @@ from flwr.supercore.object_store import ObjectStore
 from flwr.supernode import fleet_http_connection, start_client_internal
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.nodestate import NodeState
-from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState, MessageEntry
+from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState
 
 from fedseg.coordinator.bundle import bundle_digest
 from fedseg.errors import ConfigError, KitError
@@ -230,27 +230,34 @@ def _arguments(kit: Kit, key: Path, entities: Path, socket: Path, port: int) -> 
 
 
 def push_every_answer(state: NodeState, object_store: ObjectStore, send: Any, push_object: Any) -> None:
-    """Send answers until no message is left without one.
+    """Send answers until the message that came last has been answered.
 
     Flower's loop takes one message and then sends whatever answer lies there. An answer that was left over, from a run that ended
     while the coordinator was down, then goes out in place of the right one, and from then on every answer waits until the next
-    message comes: the site is late for ever.
+    message comes: the site is late for ever. Messages before the last one are of such runs, and nobody waits for them any more.
     """
     assert isinstance(state, InMemoryNodeState)
+    *given_up, last = [key for key, (is_answer, _) in _messages(state).items() if not is_answer] or [None]
+    if given_up:
+        state.delete_messages(message_ids=[key for key in given_up if key is not None])
     while True:
         state.get_messages_legacy(run_ids=[])  # takes none, but answers for ClientApps that have died
-        kept = [(entry.message.metadata.reply_to_message_id != "", entry.is_retrieved) for entry in _messages(state)]
-        if (True, False) in kept:
+        kept = _messages(state)
+        if (True, False) in kept.values():
             _flowers_push(state, object_store, send, push_object)
-        elif all(is_answer for is_answer, _ in kept):
+        elif last not in kept:
             return
         else:
             time.sleep(ANSWER_SECONDS)
 
 
-def _messages(state: InMemoryNodeState) -> list[MessageEntry]:
+def _messages(state: InMemoryNodeState) -> dict[str, tuple[bool, bool]]:
+    """What lies at the node, in the order in which it came: whether it is an answer, and whether somebody has taken it."""
     with state.lock_msg_store:
-        return list(state.msg_store.values())
+        return {
+            key: (entry.message.metadata.reply_to_message_id != "", entry.is_retrieved)
+            for key, entry in state.msg_store.items()
+        }
 
 
 def check_flower() -> None:

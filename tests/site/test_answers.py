@@ -58,3 +58,20 @@ def test_an_answer_that_was_left_over_does_not_hold_back_the_next_one(node):
 def test_nothing_is_waited_for_when_every_message_has_its_answer(node):
     state, objects = node
     push_every_answer(state, objects, lambda *_: (set(), "session"), lambda *_: None)
+
+
+def test_a_message_that_nobody_will_answer_does_not_hold_back_the_next_one(node):
+    state, objects = node
+    dead, new = instruction(1), instruction(2)
+    state.store_message(dead)  # its run ended while it was being fetched
+    state.store_message(new)
+    answer(state, objects, new)
+    sent = []
+
+    def send(message, tree, seconds):
+        sent.append(message.metadata.reply_to_message_id)
+        return set(), "session"
+
+    push_every_answer(state, objects, send, lambda *_: None)
+    assert sent == [new.metadata.message_id]
+    assert not state.msg_store
