@@ -92,21 +92,22 @@ def stop(kit: KitFolder = Path(), state: State = None) -> None:
     import time
     from datetime import datetime
 
-    from fedseg.coordinator.state import is_supervised, read_status
+    from fedseg.coordinator.state import is_supervised, read_status, supervisor
 
     folder = state or kit / "state"
-    status = read_status(folder)
+    read_status(folder)
     (folder / "stopped").write_text(f"{datetime.now():%Y-%m-%d %H:%M:%S}\n")
-    if not is_supervised(folder):
+    pid = supervisor(folder)
+    if pid is None:
         typer.echo("it was not running; `fedseg server resume` goes on with it")
         return
-    os.kill(int(status["pid"]), signal.SIGTERM)
+    os.kill(pid, signal.SIGTERM)
     for _ in range(600):
         if not is_supervised(folder):
             typer.echo(f"stopped after round {read_status(folder)['rounds']}; `fedseg server resume` goes on with it")
             return
         time.sleep(0.1)
-    typer.echo(f"process {status['pid']} has not ended within a minute", err=True)
+    typer.echo(f"process {pid} has not ended within a minute", err=True)
     raise typer.Exit(1)
 
 

@@ -7,7 +7,7 @@ import re
 import sqlite3
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -206,7 +206,7 @@ class _Curves:
         }
 
 
-def _by_round(curves: dict[str, list[Point]], summary: Any) -> list[Point]:
+def _by_round(curves: dict[str, list[Point]], summary: Callable[[Iterable[float]], float]) -> list[Point]:
     values: dict[int, list[float]] = {}
     for curve in curves.values():
         for number, value in curve:
@@ -285,24 +285,28 @@ _TOLD_WITH_CODE = ("abstained", "failed", "late", "refused")
 
 
 def _events(store: Store, run: str) -> list[dict[str, Any]]:
-    rows: Iterable[sqlite3.Row] = store("SELECT * FROM events WHERE run = ? ORDER BY id DESC LIMIT ?", run, EVENTS)
-    events = []
-    for row in rows:
+    """What happened lately, the newest first; what happens again and again is told once."""
+    newest = "SELECT * FROM events WHERE run = ? ORDER BY id DESC LIMIT 1000"
+    events: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for row in store(newest, run):
+        kind, site = row["kind"], row["site"] or ""
         detail = ""  # what went back to an older checkpoint says so with its path
-        if row["kind"] in _TOLD_WITH_DETAIL:
+        if kind in _TOLD_WITH_DETAIL:
             detail = row["detail"] or ""
-        elif row["kind"] in _TOLD_WITH_CODE:
+        elif kind in _TOLD_WITH_CODE:
             detail = _code(row["detail"])
-        events.append(
-            {
-                "time": row["time"],
-                "kind": row["kind"],
-                "round": row["server_round"],
-                "site": row["site"] or "",
-                "detail": detail,
-            }
-        )
-    return events
+        told = {
+            "time": row["time"],
+            "kind": kind,
+            "round": row["server_round"],
+            "site": site,
+            "detail": detail,
+            "times": 0,
+        }
+        event = events.setdefault((kind, site, detail), told)
+        event["times"] += 1
+        event["first"] = row["server_round"]
+    return list(events.values())[:EVENTS]
 
 
 def _code(reason: str | None) -> str:
