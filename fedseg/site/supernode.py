@@ -237,15 +237,14 @@ def push_every_answer(state: NodeState, object_store: ObjectStore, send: Any, pu
     message comes: the site is late for ever. Messages before the last one are of such runs, and nobody waits for them any more.
     """
     assert isinstance(state, InMemoryNodeState)
-    *given_up, last = [key for key, (is_answer, _) in _messages(state).items() if not is_answer] or [None]
-    if given_up:
-        state.delete_messages(message_ids=[key for key in given_up if key is not None])
+    asked = [key for key, (is_answer, _) in _messages(state).items() if not is_answer]
+    state.delete_messages(message_ids=asked[:-1])
     while True:
         state.get_messages_legacy(run_ids=[])  # takes none, but answers for ClientApps that have died
         kept = _messages(state)
         if (True, False) in kept.values():
             _flowers_push(state, object_store, send, push_object)
-        elif last not in kept:
+        elif not asked or asked[-1] not in kept:
             return
         else:
             time.sleep(ANSWER_SECONDS)
