@@ -1,9 +1,15 @@
 """Processes that are started and ended by others, and the ports that they need."""
 
+import contextlib
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
+
+LOG_BYTES = 50_000_000
+"""Of the log of a process that does not look after it itself; so much more is kept beside it."""
 
 
 def die_with_parent() -> None:
@@ -33,3 +39,12 @@ def end_process(process: "subprocess.Popen[bytes]", patience: float = 10.0) -> N
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
+
+
+def keep_short(log: Path, most: int = LOG_BYTES) -> None:
+    """Move what a log holds aside when it has grown too long; whoever writes it must have opened it for appending."""
+    with contextlib.suppress(OSError):  # there is none yet, or no room for a copy: then it goes on growing
+        if log.stat().st_size > most:
+            shutil.copyfile(log, log.with_name(f"{log.name}.1"))
+            with log.open("r+b") as file:
+                file.truncate()

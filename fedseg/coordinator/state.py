@@ -40,7 +40,15 @@ def is_held(run_directory: Path) -> bool:
 
 def holder(run_directory: Path) -> int | None:
     """Process that is running the run."""
-    path = run_directory / f".{RUN}.lock"
+    return _holder(run_directory / f".{RUN}.lock")
+
+
+def supervisor(state: Path) -> int | None:
+    """Process that supervises the study; `status.json` may still name an earlier one."""
+    return _holder(state / ".supervisor.lock")
+
+
+def _holder(path: Path) -> int | None:
     if not is_locked(path):
         return None
     try:

@@ -27,10 +27,12 @@ from fedseg.coordinator.state import RUN, finished, holder, is_held, query, roun
 from fedseg.coordinator.superlink import REVOKED, Control, start_superlink
 from fedseg.errors import ConfigError, FedsegError, KitError, SuperLinkError
 from fedseg.kit import Kit, Roster, load_roster
-from fedseg.processes import die_with_parent, end_process, is_port_taken
+from fedseg.processes import die_with_parent, end_process, is_port_taken, keep_short
 
 log = logging.getLogger(__name__)
 
+LOGS = ("superlink.log", "nginx.log", "nginx/access.log")
+"""In the state folder; their writers let them grow for ever."""
 LOOK_SECONDS = 0.5
 """Between two looks at everything."""
 ADMIT_SECONDS = 2.0
@@ -149,14 +151,18 @@ class Supervisor:
         """One look at everything; True if the study is finished."""
         if finished(self.plan.run_directory):
             return True
-        if self.plan.fence:
-            self._keep_fence()
-        if not self._keep_superlink():
-            return False
+        for log_file in LOGS:
+            keep_short(self.plan.state / log_file)
         try:
-            self._admit()
-            self._keep_run(bundle)
-        except SuperLinkError as error:
+            if self.plan.fence:
+                self._keep_fence()
+            if self._keep_superlink():
+                self._admit()
+                self._keep_run(bundle)
+        except (
+            SuperLinkError,
+            OSError,
+        ) as error:  # a full disk, or a kit that is being replaced, must not end the study
             self._trouble(str(error))
         return False
 
@@ -164,7 +170,9 @@ class Supervisor:
     def _keep_superlink(self) -> bool:
         """True if it can be talked to."""
         if self._superlink is not None and self._superlink.poll() is None:
-            return self._control is not None
+            if self._control is not None:
+                return True
+            end_process(self._superlink)  # something failed before it could be talked to
         if self._superlink is not None:
             self._close_control()
             pause = self._links.failed(None)
@@ -379,11 +387,14 @@ def _check_same_study(plan: Plan, experiment: Experiment) -> None:
 
 @contextlib.contextmanager
 def _alone(state: Path) -> Iterator[None]:
-    with (state / ".supervisor.lock").open("wb") as lock:
+    with (state / ".supervisor.lock").open("ab") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ConfigError(f"{state}: another `fedseg server start` is running there") from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()).encode())
+        lock.flush()
         yield
 
 

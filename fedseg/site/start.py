@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fedseg.errors import ConfigError, KitError
 from fedseg.kit import Kit
-from fedseg.processes import die_with_parent, end_process
+from fedseg.processes import die_with_parent, end_process, keep_short
 from fedseg.site.config import SiteConfig, load_site
 
 log = logging.getLogger(__name__)
@@ -120,6 +120,7 @@ class Household:
             self.tell("gate and site service have ended")
 
     def _keep(self, kept: _Kept) -> None:
+        keep_short(kept.log)
         code = kept.ended()
         if code is not None:
             self.tell(

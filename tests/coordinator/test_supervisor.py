@@ -1,7 +1,15 @@
+import json
 import socket
+import subprocess
+import sys
 
+from typer.testing import CliRunner
+
+from fedseg.cli import app
+from fedseg.coordinator.state import supervisor as supervising
 from fedseg.coordinator.supervisor import Plan, Supervisor
 from fedseg.kit import load_kit
+from fedseg.site.supernode import free_port
 
 
 def test_the_superlink_of_another_study_is_left_alone(study, tmp_path):
@@ -19,3 +27,44 @@ def test_the_superlink_of_another_study_is_left_alone(study, tmp_path):
         assert not supervisor.run()
     assert told[-1].startswith(f"127.0.0.1:{port} is taken by another program")
     assert not (tmp_path / "state" / "superlink.pid").exists()
+
+
+def test_a_study_survives_a_state_folder_that_cannot_be_written_for_a_while(study, tmp_path):
+    study.provision()
+    state, told = tmp_path / "state", []
+    (state / "superlink.pid").mkdir(parents=True)
+
+    def note(text):
+        told.append(text)
+        if "superlink.pid" in text:
+            supervisor.stop.set()
+
+    supervisor = Supervisor(Plan(load_kit(study.coordinator), state, free_port(), free_port()), tell=note)
+    assert not supervisor.run()
+    assert "superlink.pid" in told[-1]
+
+
+def test_stop_ends_the_supervisor_and_no_process_that_an_old_status_names(tmp_path):
+    hold = (
+        "import sys, signal\n"
+        "from pathlib import Path\n"
+        "from fedseg.coordinator.supervisor import _alone\n"
+        "with _alone(Path(sys.argv[1])):\n"
+        "    print('held', flush=True)\n"
+        "    signal.sigwait({signal.SIGTERM})\n"
+    )
+    bystander = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    holder = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        (tmp_path / "status.json").write_text(json.dumps({"pid": bystander.pid, "rounds": 3}))
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        assert supervising(tmp_path) == holder.pid
+        done = CliRunner().invoke(app, ["server", "stop", "--state", str(tmp_path)])
+        assert done.exit_code == 0, done.output
+        assert holder.wait(10) is not None
+        assert bystander.poll() is None
+    finally:
+        for process in (holder, bystander):
+            process.kill()
+            process.wait()
