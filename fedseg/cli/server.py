@@ -278,7 +278,8 @@ def _show(found: dict[str, Any], console: "Console") -> None:
     from rich.table import Table
 
     state = found["state"] if found["supervised"] or found["state"] in ("finished", "stopped") else "not running"
-    console.print(f"[bold]{escape(found['study'])}[/]: {state}, round {found['rounds']} of {found['of']}")
+    of = "" if found["of"] is None else f" of {found['of']}"
+    console.print(f"[bold]{escape(found['study'])}[/]: {state}, round {found['rounds']}{of}")
     if found["problem"]:
         console.print(f"[yellow]last trouble:[/] {escape(found['problem'])}", soft_wrap=True)
     restarts = ", ".join(f"{name} {count}" for name, count in found["restarts"].items() if count)

@@ -126,6 +126,7 @@ def approve(
     from fedseg.coordinator.bundle import bundle_digest, bundled_files, read_bundled
     from fedseg.site import approval
 
+    bundle = bundle / "app.fab" if bundle.is_dir() else bundle
     console, folder = Console(highlight=False), kit or bundle.resolve().parent
     if withdraw is not None:
         gone = approval.withdraw(folder, withdraw)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="Check and read the log of what a site was asked and what left it.")
 
-LogPath = Annotated[Path, typer.Argument(help="The log, or the site file whose log it is.", metavar="PATH")]
+LogPath = Annotated[Path, typer.Argument(help="The log, or the site file or kit whose log it is.", metavar="PATH")]
 
 
 @app.command()
@@ -69,6 +69,8 @@ def show(
 
 
 def _log_of(path: Path) -> Path:
+    if path.is_dir():
+        path = path / "site.toml"
     if path.suffix != ".toml":
         return path
     from fedseg.site.config import load_site

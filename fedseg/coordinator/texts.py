@@ -48,7 +48,8 @@ For {institution or config.site}: what one machine in your hospital needs to tak
 {key}
 
 1. Unpack the kit where the machine keeps its services: `unzip {config.site}.zip`. If you already have a kit of
-   this study, unpack the new one beside it and copy your own `site.toml` over: the new one is an empty template.
+   this study, unpack the new one over it, without its empty `site.toml`, from the folder that holds `{config.site}`:
+   `unzip -o {config.site}.zip -x {config.site}/site.toml`. Cache, state and approvals stay. Then start fedseg again.
 2. Edit `site.toml`: `data` is the folder with your cases; `cache` and `state` are folders that fedseg may write.
    Set the limits in `[policy]`. Nothing in that file leaves your hospital.
 3. Three commands:

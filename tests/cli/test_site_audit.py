@@ -97,3 +97,8 @@ def test_a_log_that_is_not_there_is_an_error(tmp_path):
     for command in ("verify", "show"):
         result = CliRunner().invoke(app, [command, str(tmp_path / "audit.jsonl")])
         assert isinstance(result.exception, AuditError)
+
+
+def test_a_kit_stands_for_its_log(log, tmp_path):
+    (tmp_path / "site.toml").write_text('name = "Aare"\ndata = "data"\nstate = "state"\n')
+    assert "3 entries" in run("verify", tmp_path)
