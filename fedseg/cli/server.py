@@ -229,7 +229,7 @@ def watch(
         from rich.console import Console
         from rich.live import Live
 
-        from fedseg.coordinator.watch import watched
+        from fedseg.coordinator.page import watched
 
         console = Console(highlight=False)
         if once:

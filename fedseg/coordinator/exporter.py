@@ -18,8 +18,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from fedseg import __version__
+from fedseg.coordinator.page import places
 from fedseg.coordinator.state import Store, reader
-from fedseg.coordinator.watch import places
 from fedseg.coordinator.web import WatchingServer, watching_app
 from fedseg.errors import ConfigError
 from fedseg.federated.messages import SiteFailure

@@ -15,7 +15,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
-from fedseg.coordinator.watch import watched
+from fedseg.coordinator.page import watched
 
 Environ = dict[str, Any]
 Start = Callable[[str, list[tuple[str, str]]], Any]
