@@ -245,8 +245,8 @@ def _status_table(found: "Description") -> "Table":
         ("release", found.version),
         ("running since", moment(found.started)),
         ("last answer", moment(found.answered)),
-        ("rounds answered", str(found.rounds_answered)),
-        ("rounds not answered", str(found.rounds_refused)),
+        ("requests answered", str(found.rounds_answered)),
+        ("requests not answered", str(found.rounds_refused)),
     ):
         table.add_row(*row)
     return table

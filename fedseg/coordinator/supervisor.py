@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fedseg.config import Experiment, load_experiment
-from fedseg.coordinator.between import Member, last_error, write_who
+from fedseg.coordinator.between import Member, last_error, read_who, write_who
 from fedseg.coordinator.exporter import serve
 from fedseg.coordinator.fence import SUPERLINK_PORT, public_pem
 from fedseg.coordinator.state import RUN, finished, holder, is_held, query, rounds_done
@@ -233,6 +233,9 @@ class Supervisor:
     def _members(self, roster: Roster, control: Control) -> dict[int, Member]:
         wanted = {public_pem(site): site.name for site in roster.admitted(datetime.now(UTC))}
         members: dict[int, Member] = {}
+        known: dict[int, str] = {}
+        with contextlib.suppress(ConfigError):
+            known = {node: member.name for node, member in read_who(self.plan.sites).items()}
         for node in control.nodes():
             if node.status == REVOKED:
                 if node.public_key in wanted:
@@ -243,7 +246,8 @@ class Supervisor:
                 members[node.node_id] = Member(wanted.pop(node.public_key), node.started)
             else:
                 control.unregister(node.node_id)
-                self.tell(f"node {node.node_id} is shut out: its key is revoked, expired or unknown")
+                name = known.get(node.node_id, f"node {node.node_id}")
+                self.tell(f"{name} is shut out: its key is revoked, expired or unknown")
         for key, name in wanted.items():
             members[control.register(key, name)] = Member(name, 0.0)
             self.tell(f"site {name} may connect")

@@ -59,18 +59,21 @@ def start_executor(address: str) -> int:
     Returns:
         The process' number. It ends with this process.
     """
+    gate = os.getpid()
     pid = os.fork()
     if pid == 0:
         die_with_parent()
-        _end_with(lambda: _wait_for_messages(address))
+        _end_with(lambda: _wait_for_messages(address, gate))
     return pid
 
 
-def _wait_for_messages(address: str) -> None:
+def _wait_for_messages(address: str, gate: int) -> None:
+    if os.getppid() != gate:  # it ended before the kernel was asked to tell
+        return
     for name in PRELOAD:
         importlib.import_module(name)
     vars(superexec)["get_executor"] = lambda *_, **__: ForkingExecutor()
-    superexec.run_superexec(address, insecure=True, parent_pid=os.getppid())
+    superexec.run_superexec(address, insecure=True, parent_pid=gate)
 
 
 def _run_clientapp(spec: ExecutionSpec) -> None:
