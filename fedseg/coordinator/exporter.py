@@ -8,7 +8,7 @@ study has.
 import json
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args, get_type_hints
@@ -98,6 +98,16 @@ CATALOGUE: dict[str, Series] = {
         Series("fedseg_score_worst", "gauge", ("run", "metric"), "Worst site's mean, newest scored weights."),
         Series("fedseg_score_round", "gauge", ("run",), "Round of the newest scored weights."),
         Series("fedseg_dice_best", "gauge", ("run",), "Best mean Dice of all scored rounds."),
+        Series("fedseg_site_connected", "gauge", ("site",), "1 if the site's gate has been heard of lately."),
+        Series("fedseg_restarts", "counter", ("program",), "How often the supervisor has started a program again."),
+        Series(
+            "fedseg_certificate_expiry_timestamp_seconds",
+            "gauge",
+            ("certificate",),
+            "When it expires; a site's by its name.",
+        ),
+        Series("fedseg_state_free_bytes", "gauge", (), "Room left on the disk of the state folder."),
+        Series("fedseg_state_size_bytes", "gauge", (), "Size of that disk."),
         Series(
             "fedseg_rounds_since_best", "gauge", ("run",), "Rounds between the best mean Dice and the newest score."
         ),
@@ -128,20 +138,21 @@ class RunCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """All series of all runs in the directory."""
-        samples = _Samples()
+        samples = Samples()
         with reader(self._directory) as store:
             for run in store("SELECT * FROM runs ORDER BY run"):
                 _of_run(samples, store, run)
         yield from samples.families()
 
 
-class _Samples:
+class Samples:
     """Samples by series, checked against the catalogue."""
 
     def __init__(self) -> None:
         self._families: dict[str, Metric] = {}
 
     def add(self, name: str, value: float | None, *labels: str) -> None:
+        """Take in a sample; None is none."""
         if value is None:
             return
         series = CATALOGUE[name]
@@ -151,10 +162,11 @@ class _Samples:
         self._families[name].add_metric(labels, value)  # type: ignore[attr-defined]
 
     def families(self) -> Iterator[Metric]:
+        """What was taken in, series by series."""
         yield from self._families.values()
 
 
-def _of_run(samples: _Samples, store: Store, run: sqlite3.Row) -> None:
+def _of_run(samples: Samples, store: Store, run: sqlite3.Row) -> None:
     name, experiment = run["run"], json.loads(run["experiment"])
     federation = experiment["federation"]
     samples.add("fedseg_run_info", 1, name, run["name"], experiment["model"]["name"], run["digest"][:16], __version__)
@@ -179,7 +191,7 @@ def _of_run(samples: _Samples, store: Store, run: sqlite3.Row) -> None:
     _of_scores(samples, store, name)
 
 
-def _of_answers(samples: _Samples, store: Store, run: str) -> None:
+def _of_answers(samples: Samples, store: Store, run: str) -> None:
     answers = "SELECT site, status, count(*) AS n FROM updates WHERE run = ? GROUP BY site, status"
     counts = {(row["site"], row["status"]): row["n"] for row in store(answers, run)}
     sites = sorted({site for site, _ in counts})
@@ -198,7 +210,7 @@ def _of_answers(samples: _Samples, store: Store, run: str) -> None:
         samples.add("fedseg_site_data_changes", changed.get(site, 0), run, site)
 
 
-def _of_updates(samples: _Samples, store: Store, run: str) -> None:
+def _of_updates(samples: Samples, store: Store, run: str) -> None:
     newest = (
         "SELECT u.*, r.finished AS committed FROM updates u JOIN rounds r USING (run, server_round) "
         "WHERE u.run = ? AND u.status = 'accepted' AND u.server_round = "
@@ -222,7 +234,7 @@ def _of_updates(samples: _Samples, store: Store, run: str) -> None:
         samples.add("fedseg_site_received_bytes", row["n"], run, row["site"])
 
 
-def _of_scores(samples: _Samples, store: Store, run: str) -> None:
+def _of_scores(samples: Samples, store: Store, run: str) -> None:
     scores = store("SELECT * FROM metrics WHERE run = ? ORDER BY server_round", run)
     if not scores:
         return
@@ -247,19 +259,23 @@ def _of_scores(samples: _Samples, store: Store, run: str) -> None:
         samples.add("fedseg_rounds_since_best", newest - best, run)
 
 
-def serve(directory: Path, host: str = "127.0.0.1", port: int = 0) -> tuple[WatchingServer, threading.Thread]:
+def serve(
+    directory: Path, host: str = "127.0.0.1", port: int = 0, more: Sequence[Collector] = ()
+) -> tuple[WatchingServer, threading.Thread]:
     """Answer scrapes, and show the watching page, in a thread of its own.
 
     Args:
         directory: a run directory, or a study's state folder.
         host: the loopback device, unless something in front of it asks who is there.
         port: 0: any; the server that is returned knows it.
+        more: further series.
 
     Raises:
         ConfigError: the port is in use.
     """
     registry = CollectorRegistry()
-    registry.register(RunCollector(places(directory)[0]))
+    for collector in (RunCollector(places(directory)[0]), *more):
+        registry.register(collector)
     try:
         server = WatchingServer((host, port), watching_app(directory, registry))
     except OSError as error:

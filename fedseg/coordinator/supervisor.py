@@ -23,6 +23,7 @@ from fedseg.config import Experiment, load_experiment
 from fedseg.coordinator.between import Member, last_error, read_who, write_who
 from fedseg.coordinator.exporter import serve
 from fedseg.coordinator.fence import SUPERLINK_PORT, public_pem
+from fedseg.coordinator.machine import MachineCollector
 from fedseg.coordinator.state import RUN, finished, holder, is_held, query, rounds_done
 from fedseg.coordinator.superlink import REVOKED, Control, start_superlink
 from fedseg.errors import ConfigError, FedsegError, KitError, SuperLinkError
@@ -134,7 +135,7 @@ class Supervisor:
             _end_leftovers(plan.state)
             self.tell(f"study {plan.kit.config.study}, experiment {experiment.name}, state in {plan.state}")
             if plan.metrics_port is not None:
-                serve(plan.run_directory, port=plan.metrics_port)
+                serve(plan.run_directory, port=plan.metrics_port, more=[MachineCollector(plan.kit, plan.state)])
                 self.tell(f"series for Prometheus on http://127.0.0.1:{plan.metrics_port}/metrics")
             try:
                 while not self.stop.is_set():

@@ -76,6 +76,7 @@ def test_the_series_say_what_happened(eventful):
     )
 
 
+MACHINE = {series.name for series in CATALOGUE.values() if "run" not in series.labels}
 STATUSES = ("accepted", "abstained", "failed", "late", "refused")
 
 
@@ -96,7 +97,7 @@ def test_every_series_is_in_the_catalogue_and_has_no_more_labels_than_that(event
         assert {key for key, _ in labels} | {"run"} == known[name] | {"run"}, name
     assert "case" not in {label for series in CATALOGUE.values() for label in series.labels}
     missing = {series.name for series in CATALOGUE.values() if series.exposed_name not in text}
-    assert missing <= {"fedseg_site_training_seconds"}  # toys take no time
+    assert missing - MACHINE <= {"fedseg_site_training_seconds"}  # toys take no time
 
 
 def test_the_documented_catalogue_is_the_real_one():
