@@ -18,8 +18,9 @@ install: .venv/.dev ## Install the library with all extras and the developers' t
 demo: .venv/.base ## Simulate a small federation on phantoms: tables on the screen, pictures in runs/demo
 	.venv/bin/fedseg simulate simulations/demo.toml --output runs/demo --overwrite
 
-test: .venv/.dev ## Install, then run all tests, on two cores
-	.venv/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder
+# one worker more than cores: a third of the time is spent waiting for other processes
+test: .venv/.dev ## Install, then run all tests
+	.venv/bin/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 check: .venv/.dev ## Lint, types, import contracts
 	.venv/bin/ruff check .
