@@ -16,6 +16,16 @@ def hippocampus():
     return folder
 
 
+LONGEST = (
+    "integration/test_study",
+    "tests/test_simulation",
+    "test_networks_of_images",
+    "test_engines",
+    "tests/site/",
+    "tests/models/",
+)
+"""Tests that take longest: they come first, so that none of them runs alone at the end while other workers have nothing to do."""
+
+
 def pytest_collection_modifyitems(items):
-    """What mostly waits for other processes comes first, so that it does not run alone at the end on one of two workers."""
-    items.sort(key=lambda item: "integration/test_study" not in item.nodeid)
+    items.sort(key=lambda item: next((n for n, part in enumerate(LONGEST) if part in item.nodeid), len(LONGEST)))
