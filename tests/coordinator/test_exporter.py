@@ -1,3 +1,4 @@
+import json
 import re
 import shutil
 import subprocess
@@ -150,3 +151,13 @@ def test_promtool_finds_nothing_wrong_with_configuration_and_rules(check):
         ["promtool", *check.split()], cwd=ROOT / "deploy" / "prometheus", capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_panel_of_the_dashboard_asks_for_series_that_exist():
+    board = json.loads((ROOT / "deploy" / "grafana" / "dashboards" / "study.json").read_text())
+    recorded = re.findall(r"record: (\S+)", (ROOT / "deploy" / "prometheus" / "rules.yml").read_text())
+    known = {series.exposed_name for series in CATALOGUE.values()} | set(recorded)
+    for panel in board["panels"]:
+        asked = {name for target in panel["targets"] for name in re.findall(r"fedseg[a-z0-9_:]+", target["expr"])}
+        assert asked, panel["title"]
+        assert asked <= known, panel["title"]
