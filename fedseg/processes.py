@@ -1,12 +1,17 @@
 """Processes that are started and ended by others, and the ports that they need."""
 
 import contextlib
+import fcntl
+import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+
+from fedseg.errors import ConfigError
 
 LOG_BYTES = 50_000_000
 """Of the log of a process that does not look after it itself; so much more is kept beside it."""
@@ -18,6 +23,45 @@ def die_with_parent() -> None:
         import ctypes
 
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+@contextlib.contextmanager
+def only_one(lock: Path, refusal: str) -> Iterator[None]:
+    """Keep a second process from the same work; the file holds the number of the first, and the system frees it at its end.
+
+    Args:
+        lock: file that stands for the work.
+        refusal: what the second one is told.
+
+    Raises:
+        ConfigError: another process is at it.
+    """
+    with lock.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(refusal) from None
+        file.truncate(0)
+        file.write(str(os.getpid()).encode())
+        file.flush()
+        yield
+
+
+def start_process(
+    command: Sequence[str], log: Path, *, folder: Path | None = None, environment: Mapping[str, str] | None = None
+) -> "subprocess.Popen[bytes]":
+    """Start a program in a session of its own that ends when this process does; what it prints goes to a log."""
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            command,
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=die_with_parent,
+        )
 
 
 def is_port_taken(port: int) -> bool:

@@ -20,27 +20,31 @@ State = Annotated[
 ]
 
 
+Health = Annotated[
+    int | None, typer.Option(help="Loopback port of the gRPC health service; absent: the one after the SuperLink's.")
+]
+WaitForSites = Annotated[
+    int,
+    typer.Option(help="Sites that must be connected before round 1; 0: the experiment's quorum, as in later rounds."),
+]
+Fence = Annotated[bool, typer.Option("--fence/--no-fence", help="Run nginx with the kit's nginx.conf, too.")]
+Stay = Annotated[
+    bool, typer.Option("--stay", help="When the study is finished, wait for SIGTERM: for what would start it again.")
+]
+MetricsPort = Annotated[
+    int | None, typer.Option(help="Loopback port on which Prometheus finds the study's series, such as 9464.")
+]
+
+
 @app.command()
 def start(
     kit: KitFolder = Path(),
     state: State = None,
-    health: Annotated[
-        int | None,
-        typer.Option(help="Loopback port of the gRPC health service; absent: the one after the SuperLink's."),
-    ] = None,
-    wait_for_sites: Annotated[
-        int, typer.Option(help="Sites that must be connected before round 1; 0: the experiment's quorum.")
-    ] = 0,
-    fence: Annotated[
-        bool, typer.Option("--fence/--no-fence", help="Run nginx with the kit's nginx.conf, too.")
-    ] = False,
-    stay: Annotated[
-        bool,
-        typer.Option("--stay", help="When the study is finished, wait for SIGTERM: for what would start it again."),
-    ] = False,
-    metrics: Annotated[
-        int | None, typer.Option(help="Loopback port on which Prometheus finds the study's series, such as 9464.")
-    ] = None,
+    health: Health = None,
+    wait_for_sites: WaitForSites = 0,
+    fence: Fence = False,
+    stay: Stay = False,
+    metrics: MetricsPort = None,
 ) -> None:
     """Run the study until it is finished. Whatever dies on the way is started again, after its last finished round.
 
@@ -60,23 +64,11 @@ def start(
 def resume(
     kit: KitFolder = Path(),
     state: State = None,
-    health: Annotated[
-        int | None,
-        typer.Option(help="Loopback port of the gRPC health service; absent: the one after the SuperLink's."),
-    ] = None,
-    wait_for_sites: Annotated[
-        int, typer.Option(help="Sites that must be connected before the next round; 0: the experiment's quorum.")
-    ] = 0,
-    fence: Annotated[
-        bool, typer.Option("--fence/--no-fence", help="Run nginx with the kit's nginx.conf, too.")
-    ] = False,
-    stay: Annotated[
-        bool,
-        typer.Option("--stay", help="When the study is finished, wait for SIGTERM: for what would start it again."),
-    ] = False,
-    metrics: Annotated[
-        int | None, typer.Option(help="Loopback port on which Prometheus finds the study's series, such as 9464.")
-    ] = None,
+    health: Health = None,
+    wait_for_sites: WaitForSites = 0,
+    fence: Fence = False,
+    stay: Stay = False,
+    metrics: MetricsPort = None,
 ) -> None:
     """Go on with a study that was stopped, after its last finished round."""
     folder = state or kit / "state"

@@ -1,6 +1,6 @@
 """The app bundle: the two thin programs that Flower ships to every site, as one file with one SHA-256.
 
-In a checkout they are `server/` and `client/` beside the library; a wheel carries the same files as `fedseg/bundle/`. The same
+In a checkout they are `server/` and `client/` beside the library; a wheel carries the same files as `fedseg_bundle/`. The same
 files give the same bytes, so that what a hospital has approved is what the coordinator submits.
 """
 
@@ -44,7 +44,7 @@ def app_bundle() -> bytes:
     from flwr.cli.build import build_fab_from_disk
 
     package = Path(fedseg.__file__).parent
-    for root in (package / "bundle", package.parent):
+    for root in (package.parent, package.parent / "fedseg_bundle"):
         if (root / "client" / "app.py").is_file() and (root / "pyproject.toml").is_file():
             return bytes(build_fab_from_disk(root))
     raise KitError(f"{package}: this installation holds no app bundle; give one with --app, or install fedseg anew")

@@ -34,7 +34,7 @@ from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpI
 from fedseg.coordinator.bundle import bundle_digest
 from fedseg.errors import SuperLinkError
 from fedseg.kit import Kit
-from fedseg.processes import die_with_parent
+from fedseg.processes import start_process
 
 REVOKED = "unregistered"
 
@@ -96,17 +96,7 @@ def start_superlink(kit: Kit, folder: Path, *, port: int, health_port: int) -> "
         "FLWR_LOG_LEVEL": "WARNING",
         "PATH": f"{binaries}{os.pathsep}{os.environ.get('PATH', '')}",
     }
-    with (folder / "superlink.log").open("ab") as log:
-        return subprocess.Popen(
-            command,
-            cwd=folder,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            preexec_fn=die_with_parent,
-        )
+    return start_process(command, folder / "superlink.log", folder=folder, environment=environment)
 
 
 class Control:

@@ -5,7 +5,6 @@ A run that ended is submitted anew and goes on after its last committed round. W
 """
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -13,7 +12,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,7 +27,7 @@ from fedseg.coordinator.state import RUN, finished, holder, is_held, query, roun
 from fedseg.coordinator.superlink import REVOKED, Control, start_superlink
 from fedseg.errors import ConfigError, FedsegError, KitError, SuperLinkError
 from fedseg.kit import Kit, Roster, load_roster
-from fedseg.processes import die_with_parent, end_process, is_port_taken, keep_short
+from fedseg.processes import end_process, is_port_taken, keep_short, only_one, start_process
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +128,7 @@ class Supervisor:
         plan = self.plan
         experiment = load_experiment(plan.kit.experiment)
         plan.state.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with _alone(plan.state):
+        with only_one(plan.state / ".supervisor.lock", f"{plan.state}: another `fedseg server start` is running there"):
             _check_same_study(plan, experiment)
             bundle = plan.kit.app.read_bytes()
             _end_leftovers(plan.state)
@@ -327,14 +326,7 @@ class Supervisor:
         folder.mkdir(exist_ok=True)
         command = ["nginx", "-c", str(self.plan.kit.folder.absolute() / "nginx.conf"), "-p", f"{folder.absolute()}/"]
         try:
-            with (self.plan.state / "nginx.log").open("ab") as output:
-                self._fence = subprocess.Popen(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=output,
-                    preexec_fn=die_with_parent,
-                )
+            self._fence = start_process(command, self.plan.state / "nginx.log")
         except FileNotFoundError:
             raise ConfigError(
                 "nginx is not installed; install it, or run the fence elsewhere (deploy/README.md)"
@@ -388,19 +380,6 @@ def _check_same_study(plan: Plan, experiment: Experiment) -> None:
         )
     if not plan.kit.app.exists():
         raise KitError(f"{plan.kit.app}: is missing; provision again with --app")
-
-
-@contextlib.contextmanager
-def _alone(state: Path) -> Iterator[None]:
-    with (state / ".supervisor.lock").open("ab") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(f"{state}: another `fedseg server start` is running there") from None
-        lock.truncate(0)
-        lock.write(str(os.getpid()).encode())
-        lock.flush()
-        yield
 
 
 def _end_leftovers(state: Path) -> None:

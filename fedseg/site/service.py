@@ -4,7 +4,6 @@ One round at a time. A caller that goes away ends its round at the next step; th
 pieces, progress in between. The standard health service answers under the name of the service and under none.
 """
 
-import fcntl
 import logging
 import os
 import queue
@@ -25,6 +24,7 @@ from fedseg.device import pick_device
 from fedseg.errors import ConfigError, MessageError, RoundCancelled
 from fedseg.federated.document import Buffer
 from fedseg.federated.messages import SiteFailure
+from fedseg.processes import only_one
 from fedseg.site.config import SiteConfig
 from fedseg.site.connect import socket_address
 from fedseg.site.desk import Desk
@@ -173,7 +173,9 @@ def opened(config: SiteConfig) -> Iterator[SiteService]:
         ConfigError: the socket or the state folder is in use, or cannot be.
     """
     desk, path = Desk(config), Path(config.socket)
-    with _alone(config.state_folder):
+    # two services would take turns in writing the same private tensors
+    lock, refusal = config.state_folder / ".service.lock", "another site service uses this state folder; stop it first"
+    with only_one(lock, f"{config.state_folder}: {refusal}"):
         service, state = SiteService(config, desk), health.HealthServicer()
         server = grpc.server(
             ThreadPoolExecutor(8, thread_name_prefix="grpc"),
@@ -216,17 +218,6 @@ def _listen(server: grpc.Server, path: Path) -> None:
     finally:
         os.umask(mask)
     path.chmod(0o600)
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One service per state folder: two would take turns in writing the same private tensors."""
-    with (folder / ".service.lock").open("wb") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(f"{folder}: another site service uses this state folder; stop it first") from None
-        yield
 
 
 def _now_and_then(get: Callable[[], Progress | None]) -> Iterator[Progress]:

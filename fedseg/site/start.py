@@ -1,20 +1,18 @@
 """Site service and gate on one machine: both are kept running, each as a process of its own."""
 
-import contextlib
-import fcntl
 import logging
 import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedseg.errors import ConfigError, KitError
 from fedseg.kit import Kit
-from fedseg.processes import die_with_parent, end_process, keep_short
+from fedseg.processes import end_process, keep_short, only_one, start_process
 from fedseg.site.config import SiteConfig, load_site
 
 log = logging.getLogger(__name__)
@@ -39,16 +37,8 @@ class _Kept:
     restarts: int = 0
 
     def start(self) -> None:
-        with self.log.open("ab") as output:
-            self.process = subprocess.Popen(
-                self.command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=os.environ | {"PYTHONUNBUFFERED": "1", "FLWR_LOG_LEVEL": "WARNING"},
-                start_new_session=True,
-                preexec_fn=die_with_parent,
-            )
+        environment = os.environ | {"PYTHONUNBUFFERED": "1", "FLWR_LOG_LEVEL": "WARNING"}
+        self.process = start_process(self.command, self.log, environment=environment)
         self.begun = time.monotonic()
 
     def ended(self) -> int | None:
@@ -90,7 +80,9 @@ class Household:
         config = load_site(self.site_file)
         require_own_name(self.kit, config)
         config.state_folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with _alone(config.state_folder):
+        # two gates with one key would shut each other out
+        folder = config.state_folder
+        with only_one(folder / ".start.lock", f"{folder}: another `fedseg site start` is running there"):
             self._keep_both(config)
 
     def _keep_both(self, config: SiteConfig) -> None:
@@ -130,17 +122,6 @@ class Household:
         if kept.process is None and time.monotonic() >= kept.not_before:
             kept.start()
             self.tell(f"the {kept.name} is running; its log is {kept.log}")
-
-
-@contextlib.contextmanager
-def _alone(state: Path) -> Iterator[None]:
-    """Two gates with one key would shut each other out."""
-    with (state / ".start.lock").open("wb") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(f"{state}: another `fedseg site start` is running there") from None
-        yield
 
 
 def require_own_name(kit: Kit, config: SiteConfig) -> None:
