@@ -48,8 +48,8 @@ def test_stop_ends_the_supervisor_and_no_process_that_an_old_status_names(tmp_pa
     hold = (
         "import sys, signal\n"
         "from pathlib import Path\n"
-        "from fedseg.coordinator.supervisor import _alone\n"
-        "with _alone(Path(sys.argv[1])):\n"
+        "from fedseg.processes import only_one\n"
+        "with only_one(Path(sys.argv[1]) / '.supervisor.lock', 'taken'):\n"
         "    print('held', flush=True)\n"
         "    signal.sigwait({signal.SIGTERM})\n"
     )
