@@ -20,8 +20,8 @@ from prometheus_client.registry import Collector
 from fedseg import __version__
 from fedseg.coordinator.page import places
 from fedseg.coordinator.state import Store, reader
-from fedseg.coordinator.web import WatchingServer, watching_app
-from fedseg.errors import ConfigError
+from fedseg.coordinator.web import watching_app
+from fedseg.endpoint import Endpoint, listen
 from fedseg.federated.messages import SiteFailure
 
 Kind = Literal["gauge", "counter"]
@@ -260,15 +260,20 @@ def _of_scores(samples: Samples, store: Store, run: str) -> None:
 
 
 def serve(
-    directory: Path, host: str = "127.0.0.1", port: int = 0, more: Sequence[Collector] = ()
-) -> tuple[WatchingServer, threading.Thread]:
+    directory: Path,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    more: Sequence[Collector] = (),
+    web_config: Path | None = None,
+) -> tuple[Endpoint, threading.Thread]:
     """Answer scrapes, and show the watching page, in a thread of its own.
 
     Args:
         directory: a run directory, or a study's state folder.
-        host: the loopback device, unless something in front of it asks who is there.
+        host: address to listen on, see `fedseg.endpoint.listen`.
         port: 0: any; the server that is returned knows it.
         more: further series.
+        web_config: how to ask who is there.
 
     Raises:
         ConfigError: the port is in use.
@@ -276,12 +281,4 @@ def serve(
     registry = CollectorRegistry()
     for collector in (RunCollector(places(directory)[0]), *more):
         registry.register(collector)
-    try:
-        server = WatchingServer((host, port), watching_app(directory, registry))
-    except OSError as error:
-        raise ConfigError(
-            f"metrics on {host}:{port}: cannot listen there: {error.strerror}; choose another port"
-        ) from error
-    thread = threading.Thread(target=server.serve_forever, name="watching", daemon=True)
-    thread.start()
-    return server, thread
+    return listen(watching_app(directory, registry), host, port, web_config)

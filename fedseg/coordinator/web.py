@@ -4,22 +4,15 @@ import base64
 import hashlib
 import json
 import re
-import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
-from socketserver import ThreadingMixIn
-from typing import Any
 from urllib.parse import parse_qs
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
 from fedseg.coordinator.page import watched
-
-Environ = dict[str, Any]
-Start = Callable[[str, list[tuple[str, str]]], Any]
-App = Callable[[Environ, Start], Iterable[bytes]]
+from fedseg.endpoint import App, Environ, Start
 
 
 def watching_app(directory: Path, registry: CollectorRegistry) -> App:
@@ -72,23 +65,3 @@ def _answer(environ: Environ, start: Start, status: str, body: bytes, headers: l
     length = [("Content-Length", str(len(body)))] if body else []
     start(status, [*headers, *plain, *safe, *length])
     return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
-
-
-class WatchingServer(ThreadingMixIn, WSGIServer):
-    """A thread for every request, so that a slow reader keeps nobody waiting."""
-
-    daemon_threads = True
-
-    def __init__(self, address: tuple[str, int], app: App) -> None:
-        family, *_, found = socket.getaddrinfo(*address, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        self.address_family = family
-        super().__init__((str(found[0]), int(found[1])), _Request)
-        self.set_app(app)
-
-
-class _Request(WSGIRequestHandler):
-    timeout = 30
-    server_version, sys_version = "fedseg", ""
-
-    def log_message(self, *_: Any) -> None:
-        """Nothing is logged: somebody asks every two seconds."""
