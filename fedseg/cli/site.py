@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from fedseg.coordinator.bundle import BundledFile
+    from fedseg.app_bundle import BundledFile
     from fedseg.site.approval import Approval
     from fedseg.site.wire.site_pb2 import Description
 
@@ -123,7 +123,7 @@ def approve(
     from rich.console import Console
     from rich.syntax import Syntax
 
-    from fedseg.coordinator.bundle import bundle_digest, bundled_files, read_bundled
+    from fedseg.app_bundle import bundle_digest, bundled_files, read_bundled
     from fedseg.site import approval
 
     bundle = bundle / "app.fab" if bundle.is_dir() else bundle

@@ -9,6 +9,7 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from fedseg.app_bundle import app_bundle, bundled_files
 from fedseg.coordinator import texts
 from fedseg.coordinator.authority import (
     CLOCK_SKEW,
@@ -23,7 +24,6 @@ from fedseg.coordinator.authority import (
     public_pem,
 )
 from fedseg.coordinator.authority import FILES as AUTHORITY_FILES
-from fedseg.coordinator.bundle import app_bundle, bundled_files
 from fedseg.coordinator.conflicts import Wishes, refuse_conflicts
 from fedseg.coordinator.contents import Contents
 from fedseg.coordinator.folders import (

@@ -31,7 +31,7 @@ from flwr.supercore.error import FlowerError
 from flwr.supercore.fab import Fab
 from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
 
-from fedseg.coordinator.bundle import bundle_digest
+from fedseg.app_bundle import bundle_digest
 from fedseg.errors import SuperLinkError
 from fedseg.kit import Kit
 from fedseg.processes import start_process

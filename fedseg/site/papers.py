@@ -53,7 +53,7 @@ def check_experiment(known: Known) -> Finding:
 
 def check_bundle(known: Known) -> Finding:
     """Whether somebody here has approved the code that comes with the kit."""
-    from fedseg.coordinator.bundle import bundle_digest
+    from fedseg.app_bundle import bundle_digest
     from fedseg.site.approval import approvals, read_bundle
 
     path = known.folder / "app.fab"

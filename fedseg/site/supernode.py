@@ -42,7 +42,7 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.nodestate import NodeState
 from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState
 
-from fedseg.coordinator.bundle import bundle_digest
+from fedseg.app_bundle import bundle_digest
 from fedseg.errors import ConfigError, KitError
 from fedseg.kit import Kit
 from fedseg.site.approval import is_approved

@@ -19,9 +19,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from google.protobuf.message import DecodeError
 
+from fedseg.app_bundle import bundled_files
 from fedseg.config import Experiment, ScreeningConfig, load_section, parse_experiment
 from fedseg.coordinator.between import read_who
-from fedseg.coordinator.bundle import bundled_files
 from fedseg.coordinator.ledger import Ledger
 from fedseg.coordinator.state import read_status
 from fedseg.coordinator.study import StudyConfig, read_public_key, read_request

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from fedseg.app_bundle import bundled_files
 from fedseg.cli import app
-from fedseg.coordinator.bundle import bundled_files
 from fedseg.errors import FedsegError, KitError, MessageError
 from fedseg.federated.document import pack
 from fedseg.federated.messages import FORMAT, SiteUpdate

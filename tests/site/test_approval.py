@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from fedseg.coordinator.bundle import bundle_digest
+from fedseg.app_bundle import bundle_digest
 from fedseg.errors import KitError
 from fedseg.site.approval import FILE, approvals, approve, is_approved, read_bundle, withdraw
 

@@ -13,7 +13,7 @@ from flwr.proto.run_pb2 import GetRunRequest, GetRunResponse, Run
 from flwr.supercore.fab import Fab
 
 from fedseg import __version__
-from fedseg.coordinator.bundle import bundle_digest
+from fedseg.app_bundle import bundle_digest
 from fedseg.kit import Kit, KitConfig
 from fedseg.site.approval import approve
 from fedseg.site.supernode import ENTITY, GuardedFleetClient
