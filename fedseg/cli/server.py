@@ -1,7 +1,7 @@
 """`fedseg server`: what the coordinator runs, and what can be seen of it."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -32,7 +32,18 @@ Stay = Annotated[
     bool, typer.Option("--stay", help="When the study is finished, wait for SIGTERM: for what would start it again.")
 ]
 MetricsPort = Annotated[
-    int | None, typer.Option(help="Loopback port on which Prometheus finds the study's series, such as 9464.")
+    int | None,
+    typer.Option(
+        min=0, max=65535, help="Port on which Prometheus finds the study's series, and a browser the page: 9464."
+    ),
+]
+MetricsHost = Annotated[
+    str, typer.Option(help="Address of that port; any but the loopback device's needs --web-config.")
+]
+Host = Annotated[str, typer.Option(help="Address to listen on; any but the loopback device's needs --web-config.")]
+WebConfig = Annotated[
+    Path | None,
+    typer.Option(help="Who may ask, as Prometheus' exporters want it told: TLS, passwords, tokens (docs/metrics.md)."),
 ]
 
 
@@ -45,6 +56,8 @@ def start(
     fence: Fence = False,
     stay: Stay = False,
     metrics: MetricsPort = None,
+    metrics_host: MetricsHost = "127.0.0.1",
+    web_config: WebConfig = None,
 ) -> None:
     """Run the study until it is finished. Whatever dies on the way is started again, after its last finished round.
 
@@ -57,7 +70,7 @@ def start(
         raise ConfigError(
             f"{folder}: the study was stopped on {(folder / 'stopped').read_text().strip()}; `fedseg server resume` goes on"
         )
-    _run(kit, folder, health, wait_for_sites, fence, stay, metrics)
+    _run(kit, folder, health, wait_for_sites, fence, stay, _Metrics(metrics, metrics_host, web_config))
 
 
 @app.command()
@@ -69,11 +82,13 @@ def resume(
     fence: Fence = False,
     stay: Stay = False,
     metrics: MetricsPort = None,
+    metrics_host: MetricsHost = "127.0.0.1",
+    web_config: WebConfig = None,
 ) -> None:
     """Go on with a study that was stopped, after its last finished round."""
     folder = state or kit / "state"
     (folder / "stopped").unlink(missing_ok=True)
-    _run(kit, folder, health, wait_for_sites, fence, stay, metrics)
+    _run(kit, folder, health, wait_for_sites, fence, stay, _Metrics(metrics, metrics_host, web_config))
 
 
 @app.command()
@@ -160,10 +175,9 @@ def logs(
 @app.command()
 def metrics(
     directory: Annotated[Path, typer.Argument(help="Result directory of a study or of a simulation.")],
-    port: Annotated[int, typer.Option(help="Port to listen on.")] = 9464,
-    host: Annotated[
-        str, typer.Option(help="Address to listen on; the series are not secret, but nobody is asked who he is.")
-    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any that is free.")] = 9464,
+    host: Host = "127.0.0.1",
+    web_config: WebConfig = None,
     once: Annotated[bool, typer.Option("--once", help="Print the series and end.")] = False,
 ) -> None:
     """Show a run to Prometheus, while it runs and afterwards; docs/metrics.md lists the series."""
@@ -178,8 +192,8 @@ def metrics(
         registry.register(RunCollector(directory))
         typer.echo(generate_latest(registry).decode(), nl=False)
         return
-    serve(directory, host, port)
-    typer.echo(f"series of {directory} on http://{host}:{port}/metrics", err=True)
+    server, _ = serve(directory, host, port, web_config=web_config)
+    typer.echo(f"series of {directory} on {server.url}metrics", err=True)
     threading.Event().wait()
 
 
@@ -190,10 +204,9 @@ def watch(
     ] = Path(),
     state: Annotated[Path | None, typer.Option(help="The state folder, if it is not `state` in the kit.")] = None,
     web: Annotated[bool, typer.Option("--web", help="As a page for a browser instead of here.")] = False,
-    port: Annotated[int, typer.Option(help="Port of the page; 0: any that is free.")] = 9464,
-    host: Annotated[
-        str, typer.Option(help="Address of the page; it is not secret, but nobody is asked who he is.")
-    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the page; 0: any that is free.")] = 9464,
+    host: Host = "127.0.0.1",
+    web_config: WebConfig = None,
     run: Annotated[str | None, typer.Option(help="Which run of a simulation; absent: the federated one.")] = None,
     once: Annotated[bool, typer.Option("--once", help="Show it once and end.")] = False,
 ) -> None:
@@ -211,11 +224,8 @@ def watch(
         if web:
             from fedseg.coordinator.exporter import serve
 
-            server, _ = serve(folder, host, port)
-            shown = f"[{host}]" if ":" in host else host
-            typer.echo(
-                f"{folder} on http://{shown}:{server.server_port}/ ; Ctrl-C ends watching, not the study", err=True
-            )
+            server, _ = serve(folder, host, port, web_config=web_config)
+            typer.echo(f"{folder} on {server.url} ; Ctrl-C ends watching, not the study", err=True)
             threading.Event().wait()
 
         from rich.console import Console
@@ -233,8 +243,54 @@ def watch(
                 time.sleep(2)
 
 
+@app.command()
+def web_password() -> None:
+    """Ask for a password and print the line that lets its user in, for `basic_auth_users` of a web configuration."""
+    import json
+
+    from fedseg.web_auth import hash_password
+
+    user = typer.prompt("user name", err=True)
+    secret = typer.prompt("password", hide_input=True, confirmation_prompt=True, err=True)
+    if ":" in user:
+        raise typer.BadParameter(f"a user name has no colon, got {user!r}")
+    try:
+        typer.echo(f"  {json.dumps(user, ensure_ascii=False)}: {hash_password(secret)}")
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+@app.command()
+def web_token(
+    file: Annotated[Path, typer.Argument(help="New file for the token: `credentials_file` of a scrape configuration.")],
+) -> None:
+    """Draw a token into a file that only you can read, and print the line for `bearer_tokens` of a web configuration."""
+    import hashlib
+    import json
+    import os
+    import secrets
+
+    from fedseg.errors import ConfigError
+
+    token = secrets.token_urlsafe(32)
+    try:
+        with open(file, "x", opener=lambda path, flags: os.open(path, flags, 0o600)) as opened:
+            opened.write(token + "\n")
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be made: {error.strerror}; name a file that is not there yet") from None
+    typer.echo(f"  {json.dumps(file.stem, ensure_ascii=False)}: {hashlib.sha256(token.encode()).hexdigest()}")
+
+
+class _Metrics(NamedTuple):
+    """Where series and page are shown."""
+
+    port: int | None
+    host: str
+    web_config: Path | None
+
+
 def _run(
-    kit: Path, state: Path, health: int | None, wait_for_sites: int, fence: bool, stay: bool, metrics: int | None
+    kit: Path, state: Path, health: int | None, wait_for_sites: int, fence: bool, stay: bool, metrics: _Metrics
 ) -> None:
     import signal
     from datetime import datetime
@@ -252,7 +308,17 @@ def _run(
     console = Console(highlight=False, soft_wrap=True, markup=False)
     port = opened.config.superlink_port or SUPERLINK_PORT
     supervisor = Supervisor(
-        Plan(opened, state.absolute(), port, health or port + 1, wait_for_sites, fence=fence, metrics_port=metrics),
+        Plan(
+            opened,
+            state.absolute(),
+            port,
+            health or port + 1,
+            wait_for_sites,
+            fence=fence,
+            metrics_port=metrics.port,
+            metrics_host=metrics.host,
+            web_config=metrics.web_config,
+        ),
         tell=lambda text: console.print(f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}"),
     )
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -59,7 +59,10 @@ class Plan:
     fence: bool = False
     """Run nginx too."""
     metrics_port: int | None = None
-    """Answer Prometheus on this port of the loopback device; absent: not at all."""
+    """Answer Prometheus on this port; absent: not at all."""
+    metrics_host: str = "127.0.0.1"
+    web_config: Path | None = None
+    """Who may ask there; see `fedseg.endpoint.listen`."""
 
     @property
     def run_directory(self) -> Path:
@@ -134,8 +137,11 @@ class Supervisor:
             _end_leftovers(plan.state)
             self.tell(f"study {plan.kit.config.study}, experiment {experiment.name}, state in {plan.state}")
             if plan.metrics_port is not None:
-                serve(plan.run_directory, port=plan.metrics_port, more=[MachineCollector(plan.kit, plan.state)])
-                self.tell(f"series for Prometheus on http://127.0.0.1:{plan.metrics_port}/metrics")
+                machine = MachineCollector(plan.kit, plan.state)
+                server, _ = serve(
+                    plan.run_directory, plan.metrics_host, plan.metrics_port, [machine], web_config=plan.web_config
+                )
+                self.tell(f"the page to watch is {server.url}, series for Prometheus are on {server.url}metrics")
             try:
                 while not self.stop.is_set():
                     if self._step(bundle):
