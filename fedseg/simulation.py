@@ -17,7 +17,7 @@ from fedseg.config import Experiment
 from fedseg.errors import StoreError
 from fedseg.federated.checkpoint import load_state, write_durably
 from fedseg.federated.driver import Event, Fleet, run_federation
-from fedseg.federated.local import InProcessFleet, WorkerFleet
+from fedseg.federated.local import PRELOAD, InProcessFleet, WorkerFleet
 from fedseg.federated.private import PrivateTensors
 from fedseg.federated.rounds import ServerState
 from fedseg.federated.site import OpenSites, PooledSite, Site, answer_safely, private_of, start_state
@@ -303,7 +303,7 @@ def _in_parallel(
         watch(len(calls))
         return results
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fedseg.simulation"])
+    context.set_forkserver_preload(list(PRELOAD))
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
         futures = [pool.submit(function, *arguments) for arguments in calls]
         try:
