@@ -27,6 +27,7 @@ task = { name = "phantom", modality = "mr", labels = { background = 0, liver = 1
 data = { spacing = [2.0, 2.0, 3.0], validation_fraction = 0.34 }
 training = { patch_size = %s, batch_size = 2, steps_per_epoch = 2, learning_rate = 0.01 }
 federation = { rounds = 2 }
+evaluation = { overlap = 0.0 }
 %s
 
 [methods.federated]
