@@ -70,16 +70,49 @@ def export(
     directory: RunDirectory,
     run: RunName = "federated",
     kind: Annotated[
-        Literal["csv", "json"], typer.Option("--as", help="csv: a line per round; json: all that is known.")
+        Literal["csv", "json", "tensorboard", "mlflow"],
+        typer.Option("--as", help="csv: a line per round; json: all that is known; or for one of these programs."),
     ] = "csv",
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="File; absent: standard output.")] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="File of csv or json (absent: standard output); folder for TensorBoard; folder or server for MLflow.",
+        ),
+    ] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="TensorBoard and MLflow: go on until the run is finished.")
+    ] = False,
 ) -> None:
-    """Write a run out for other programs."""
+    """Write a run out for other programs; for TensorBoard and MLflow what is there already is not written again."""
     from fedseg.coordinator.history import as_csv, as_json, rounds_of
+    from fedseg.errors import ConfigError
     from fedseg.federated.checkpoint import write_durably
 
+    if kind in ("tensorboard", "mlflow"):
+        _copy(directory, run, kind, output, follow)
+        return
+    if follow:
+        raise ConfigError(f"--follow: {kind} is written once; --as tensorboard and --as mlflow can follow a run")
     text = as_csv(rounds_of(directory, run)) if kind == "csv" else as_json(directory, run) + "\n"
     if output is None:
         typer.echo(text, nl=False)
     else:
-        write_durably(output, text.encode())
+        write_durably(Path(output), text.encode())
+
+
+def _copy(directory: Path, run: str, kind: str, output: str | None, follow: bool) -> None:
+    from fedseg.coordinator.writers.copy import copy_run
+    from fedseg.coordinator.writers.writer import make_writer
+    from fedseg.errors import ConfigError
+
+    if output is None:
+        place = "a folder" if kind == "tensorboard" else "a folder or the address of a tracking server"
+        raise ConfigError(f"--output: --as {kind} needs {place}")
+    try:
+        new = copy_run(directory, run, make_writer(kind, output), follow=follow)
+    except KeyboardInterrupt:
+        typer.echo("stopped; the same command goes on from here")
+        raise typer.Exit(130) from None
+    typer.echo(f"{output}: {new} new values of {run}")
