@@ -398,7 +398,7 @@ def load_section(kind: type[S], path: Path) -> S:
         document = json.dumps(read_toml(path), default=str)
     except (ValueError, RecursionError) as error:  # keys with a thousand dots, numbers of 5000 digits
         raise ConfigError(f"{path}: no configuration is nested so deeply or holds such numbers: {error}") from None
-    return validate_section(kind, document, source=str(path))
+    return validate_section(kind, document, source=str(path), folder=path.parent)
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -420,14 +420,20 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not a readable TOML file: tables or lists are nested too deeply") from None
 
 
-def validate_section(kind: type[S], document: str, *, source: str) -> S:
+def validate_section(kind: type[S], document: str, *, source: str, folder: Path | None = None) -> S:
     """Validate a JSON document against a section.
+
+    Args:
+        kind: the section.
+        document: JSON.
+        source: where it comes from, for messages.
+        folder: to which paths of files that are read at once are relative; absent: the working directory.
 
     Raises:
         ConfigError: one line per fault: source, key, what is wrong, the value that stood there.
     """
     try:
-        return kind.model_validate_json(document)
+        return kind.model_validate_json(document, context={"folder": folder})
     except ValidationError as error:
         faults = error.errors(include_url=False)
         lines = [_explain(kind, source, fault) for fault in faults[:FAULTS_TOLD]]

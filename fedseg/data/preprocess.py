@@ -22,6 +22,8 @@ from fedseg.data.cohort import Case, Cohort
 from fedseg.data.progress import shown
 from fedseg.data.reasons import Reason
 from fedseg.data.resample import resample_image, resample_label, resample_probabilities, resampled_shape, zoom
+from fedseg.data.shift.cases import shifted
+from fedseg.data.shift.profiles import Shift
 from fedseg.data.volume import Geometry, Shape3D, Spacing, Volume, read_image, read_label, require_same_grid
 from fedseg.errors import CaseError, SiteAbstained
 
@@ -107,8 +109,14 @@ class PreparedCohort:
     """Reason code of each case that cannot be used, by case name."""
 
 
-def prepare_case(case: Case, task: TaskConfig, config: DataConfig) -> PreparedCase:
+def prepare_case(case: Case, task: TaskConfig, config: DataConfig, shift: Shift | None = None) -> PreparedCase:
     """Read, check and prepare one labelled case.
+
+    Args:
+        case: the files.
+        task: labels, channels and modality.
+        config: orientation, spacing, crop and intensities.
+        shift: a simulated hospital's scanner and annotator, which come between reading and preparation.
 
     Raises:
         CaseError: the case cannot be used, with a `Reason`.
@@ -116,6 +124,8 @@ def prepare_case(case: Case, task: TaskConfig, config: DataConfig) -> PreparedCa
     volume = _read_channels(case.images, task, config)
     label = read_label(case.label, config.orientation)
     require_same_grid(volume.geometry, label.geometry, f"{case.name}: image and label")
+    if shift is not None:
+        volume, label = shifted(volume, label, shift, case.name)
     require_known_labels(np.unique(label.array), task.labels, case.name)
     image, geometry = _prepare(volume, config)
     prepared = resample_label(_crop(label.array, geometry.box).astype(np.uint8), geometry.shape)
@@ -169,6 +179,7 @@ def prepare_cohort(
     config: DataConfig,
     cache: Path,
     *,
+    shift: Shift | None = None,
     progress: bool = False,
     on_case: Callable[[int], None] = lambda _: None,
 ) -> PreparedCohort:
@@ -179,6 +190,7 @@ def prepare_cohort(
         task: labels, channels and modality.
         config: orientation, spacing, crop and intensities.
         cache: folder for prepared arrays; may be shared by processes and by experiments.
+        shift: a simulated hospital's scanner and annotator.
         progress: show a bar.
         on_case: called before each case with the number of cases so far (0, 1, ...); what it raises ends the work.
 
@@ -191,7 +203,7 @@ def prepare_cohort(
     for done, case in enumerate(shown(cohort.cases, "Preparing cases", progress=progress)):
         on_case(done)
         try:
-            cases.append(_load_or_prepare(case, task, config, store))
+            cases.append(_load_or_prepare(case, task, config, store, shift))
         except CaseError as error:
             _log.warning("quarantined %s (%s): %s", case.name, error.reason, error)
             quarantined[case.name] = str(error.reason)
@@ -308,11 +320,13 @@ def _sample_foreground(label_DHW: NDArray[np.uint8]) -> dict[int, NDArray[np.int
     return sample
 
 
-def _load_or_prepare(case: Case, task: TaskConfig, config: DataConfig, store: Cache) -> PreparedCase:
-    key = _key(case, task, config, store)
+def _load_or_prepare(
+    case: Case, task: TaskConfig, config: DataConfig, store: Cache, shift: Shift | None
+) -> PreparedCase:
+    key = _key(case, task, config, store, shift)
     entry = store.load(key)
     if entry is None:
-        fresh = prepare_case(case, task, config)
+        fresh = prepare_case(case, task, config, shift)
         assert fresh.label is not None
         points = [np.insert(voxels, 0, value, axis=1) for value, voxels in fresh.foreground.items()]
         arrays: dict[str, NDArray[Any]] = {
@@ -330,7 +344,7 @@ def _load_or_prepare(case: Case, task: TaskConfig, config: DataConfig, store: Ca
     )
 
 
-def _key(case: Case, task: TaskConfig, config: DataConfig, store: Cache) -> str:
+def _key(case: Case, task: TaskConfig, config: DataConfig, store: Cache, shift: Shift | None) -> str:
     """Hash of the files' content and of the settings that decide what becomes of them."""
     if case.label is None:
         raise CaseError(Reason.MISSING_LABEL, f"{case.name}: the case has no label file")
@@ -338,6 +352,8 @@ def _key(case: Case, task: TaskConfig, config: DataConfig, store: Cache) -> str:
         raise CaseError(Reason.MISSING_IMAGE, f"{case.name}: the case has no image file")
     settings = config.model_dump(mode="json", include={"orientation", "spacing", "crop", "percentiles", "window"})
     settings |= {"format": FORMAT, "values": sorted(task.labels.values()), "channels": len(task.channels)}
+    if shift is not None:  # which depends on the case's name
+        settings |= {"shift": shift.recipe(), "case": case.name}
     parts = [json.dumps(settings, sort_keys=True)]
     for path in (*case.images, case.label):
         missing = Reason.MISSING_LABEL if path is case.label else Reason.MISSING_IMAGE

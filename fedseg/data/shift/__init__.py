@@ -1,0 +1,1 @@
+"""Simulated differences between hospitals: other scanners, other geometry, other annotators."""

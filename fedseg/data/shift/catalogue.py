@@ -1,0 +1,175 @@
+"""What can differ between hospitals, and how much each of five severities is.
+
+Lengths are in voxels of the image as it is read (mm in a volume of 1 mm), so that one profile spoils a coarse and a fine
+image alike. MR intensities are shares of bright tissue, the 99.5th percentile; CT is in Hounsfield units.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Modality = Literal["mr", "ct"]
+Stage = Literal["geometry", "resolution", "contrast", "shading", "artefact", "noise", "storage"]
+Five = tuple[float, float, float, float, float]
+
+STAGES: tuple[Stage, ...] = ("geometry", "resolution", "contrast", "shading", "artefact", "noise", "storage")
+"""The order in which physics happens; effects follow it whatever their order in a file."""
+
+SEVERITIES = (1, 2, 3, 4, 5)
+
+FORMAT = 1
+"""Raised whenever the same strengths would give other arrays."""
+
+
+@dataclass(frozen=True)
+class Effect:
+    """One way in which an image differs."""
+
+    stage: Stage
+    strengths: Five
+    """Of severity 1 to 5."""
+    limits: tuple[float, float]
+    """Strengths that make sense."""
+    unit: str
+    """What a strength counts."""
+    imitates: str
+    modalities: tuple[Modality, ...] = ("mr", "ct")
+
+
+@dataclass(frozen=True)
+class Habit:
+    """One way in which an annotator differs."""
+
+    strengths: Five
+    limits: tuple[float, float]
+    unit: str
+    imitates: str
+
+
+_MR: tuple[Modality, ...] = ("mr",)
+_CT: tuple[Modality, ...] = ("ct",)
+
+EFFECTS: dict[str, Effect] = {
+    "coarser": Effect(
+        "geometry", (1.2, 1.4, 1.7, 2, 2.5), (1, 10), "times the voxel size", "larger voxels, with their affine"
+    ),
+    "orientation": Effect("geometry", (1, 2, 3, 4, 5), (1, 5), "number of the frame", "axes stored in another order"),
+    "field-of-view": Effect(
+        "geometry", (0.95, 0.9, 0.85, 0.8, 0.7), (0.1, 1), "share kept of each side", "a tight box"
+    ),
+    "pose": Effect(
+        "geometry", (4, 8, 12, 16, 20), (0, 45), "degrees, and fifths of a voxel", "a patient who lies askew"
+    ),
+    "thick-slices": Effect("resolution", (2, 3, 4, 5, 6), (1, 20), "voxels per slice", "thick slices along one axis"),
+    "low-resolution": Effect("resolution", (1.5, 2, 2.5, 3, 4), (1, 20), "voxels per voxel", "a coarse matrix"),
+    "blur": Effect(
+        "resolution", (0.8, 1, 1.2, 1.6, 2.2), (0, 10), "voxels, standard deviation", "a soft kernel, lost focus"
+    ),
+    "gamma-bright": Effect(
+        "contrast", (1.3, 1.6, 2, 2.5, 3.3), (1, 10), "root that is taken", "dark tissue turned up", _MR
+    ),
+    "gamma-dark": Effect(
+        "contrast", (1.3, 1.6, 2, 2.5, 3.3), (1, 10), "power that is taken", "dark tissue turned down", _MR
+    ),
+    "contrast-curve": Effect(
+        "contrast",
+        (0.2, 0.4, 0.6, 0.8, 1),
+        (0, 1),
+        "bend, 1 is flat in places",
+        "another field strength or echo time",
+        _MR,
+    ),
+    "contrast-reversal": Effect(
+        "contrast",
+        (0.1, 0.2, 0.3, 0.4, 1),
+        (0, 1),
+        "share of voxels reversed, the darkest",
+        "T1 weighting becomes T2 weighting",
+        _MR,
+    ),
+    "bias-field": Effect(
+        "shading",
+        (0.05, 0.1, 0.15, 0.2, 0.3),
+        (0, 2),
+        "standard deviation of the log gain",
+        "a surface coil, a high field",
+        _MR,
+    ),
+    "motion": Effect(
+        "artefact",
+        (0.5, 1, 1.5, 2, 3),
+        (0, 30),
+        "voxels moved, and degrees",
+        "a patient who moves twice during the scan",
+        _MR,
+    ),
+    "ghosting": Effect(
+        "artefact", (0.3, 0.6, 0.9, 1.2, 1.6), (0, 5), "share taken off every fourth line", "breathing, pulse", _MR
+    ),
+    "spike": Effect(
+        "artefact", (0.1, 0.2, 0.3, 0.5, 0.8), (0, 10), "stripes' height in mean signals", "a spark, a loose cable", _MR
+    ),
+    "gibbs": Effect(
+        "artefact", (0.4, 0.5, 0.6, 0.7, 0.8), (0, 0.98), "share of k-space cut off", "too few lines: ringing", _MR
+    ),
+    "noise": Effect(
+        "noise",
+        (0.03, 0.06, 0.1, 0.15, 0.25),
+        (0, 5),
+        "share of bright tissue (Rician)",
+        "low field, fast protocol",
+        _MR,
+    ),
+    "gain": Effect(
+        "storage", (0.1, 0.2, 0.4, 0.8, 1.6), (0, 10), "largest change of scale and offset", "other units", _MR
+    ),
+    "clipping": Effect(
+        "storage", (0.02, 0.05, 0.1, 0.15, 0.25), (0, 0.49), "share of voxels at each end", "a saturated receiver", _MR
+    ),
+    "grey-levels": Effect("storage", (64, 32, 16, 8, 4), (2, 65536), "grey levels", "storage in few bits", _MR),
+    "sharp-kernel": Effect(
+        "resolution", (0.5, 1, 2, 3, 5), (0, 20), "times the fine detail, added", "a bone kernel", _CT
+    ),
+    "metal": Effect(
+        "artefact",
+        (50, 100, 200, 350, 600),
+        (0, 5000),
+        "HU of the streaks",
+        "an implant: streaks and a bright insert",
+        _CT,
+    ),
+    "dose": Effect(
+        "noise",
+        (10, 20, 35, 60, 100),
+        (0, 1000),
+        "HU, standard deviation",
+        "a low dose: noise with the grain of the kernel",
+        _CT,
+    ),
+    "hu-offset": Effect("storage", (10, 20, 40, 60, 100), (-1000, 1000), "HU", "a scanner out of calibration", _CT),
+    "window": Effect(
+        "storage",
+        (400, 300, 200, 150, 100),
+        (10, 5000),
+        "HU kept around soft tissue (40 HU)",
+        "stored through a viewer's window",
+        _CT,
+    ),
+}
+"""Of scanners, by name."""
+
+HABITS: dict[str, Habit] = {
+    "generous": Habit((0.03, 0.07, 0.12, 0.18, 0.25), (0, 1), "share of volume added", "outlines outside the border"),
+    "tight": Habit((0.03, 0.07, 0.12, 0.18, 0.25), (0, 0.9), "share of volume left out", "outlines inside the border"),
+    "unsteady": Habit((0.1, 0.2, 0.3, 0.4, 0.6), (0, 3), "roughness", "a quick hand: the border wobbles"),
+    "moved-face": Habit(
+        (1, 1.5, 2, 3, 4), (0, 50), "voxels", "another rule for where one structure ends and the next begins"
+    ),
+    "flat": Habit((0.7, 1, 1.5, 2, 3), (0, 20), "voxels, standard deviation", "smoothed slice by slice in one plane"),
+    "missed": Habit(
+        (0.05, 0.1, 0.2, 0.35, 0.5), (0, 1), "chance, for each structure", "structures that were not labelled"
+    ),
+    "merged": Habit(
+        (0.1, 0.25, 0.5, 0.75, 1), (0, 1), "chance, for each case", "neighbours under one label, the first's"
+    ),
+}
+"""Of annotators, by name."""
