@@ -28,6 +28,7 @@ from pydantic import (
 )
 
 from fedseg.errors import ConfigError, ModelError
+from fedseg.names import Name
 from fedseg.slicing import Slicing
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -297,7 +298,7 @@ class Experiment(Section):
         ConfigError: from `load_experiment` and `parse_experiment`, naming file, key, value and what would be right.
     """
 
-    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: Name
     """Name of the study; letters, digits, `.`, `_`, `-`."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of everything random."""

@@ -27,13 +27,11 @@ from fedseg.config import Section, load_section, validate_section
 from fedseg.credentials import ASK, check_key, fingerprint, load_certificate, load_signing_key, read
 from fedseg.credentials import certificate_days_left as certificate_days_left
 from fedseg.errors import ConfigError, KitError
+from fedseg.names import Name
 
 S = TypeVar("S", bound=Section)
 
 FORMAT: Literal[1] = 1
-NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-Name = Annotated[str, Field(min_length=1, max_length=64, pattern=NAME)]
-"""Name of a study or of a site: it becomes a folder and the common name of a certificate."""
 Role = Literal["site", "coordinator"]
 
 SHARED_FILES = ("kit.toml", "ca.crt", "signing.pub", "experiment.toml", "app.fab", "README.md")

@@ -22,15 +22,14 @@ from fedseg.data.cohort import Case, Cohort, PersonRule, read_cohort, split_by_p
 from fedseg.data.phantom import PhantomConfig, write_phantoms
 from fedseg.errors import ConfigError
 from fedseg.federated.rounds import derive_seed
+from fedseg.names import Name
 from fedseg.site.config import SiteConfig, default_cache
-
-SITE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
 class SimulatedSite(Section):
     """A site with a folder of its own, or with phantoms of its own."""
 
-    name: str = Field(pattern=SITE_NAME)
+    name: Name
     data: str | None = None
     """Folder with the site's cases."""
     phantom: PhantomConfig | None = None
@@ -52,7 +51,7 @@ class Partition(Section):
     `dirichlet`: skewed by the share of foreground in a case."""
     sites: PositiveInt | None = None
     """Number of sites, for `lognormal` and `dirichlet`."""
-    names: tuple[Annotated[str, Field(pattern=SITE_NAME)], ...] | None = None
+    names: tuple[Name, ...] | None = None
     """Names of the sites; absent: A, B, C, ..."""
     sizes: tuple[PositiveFloat, ...] | None = None
     """Relative sizes, for `sizes`."""
@@ -110,7 +109,7 @@ class Scenario(Section):
     sites: tuple[SimulatedSite, ...] = ()
     """Sites with cases of their own; either these or `source`."""
     source: Source | None = None
-    methods: dict[Annotated[str, Field(pattern=SITE_NAME)], dict[str, Any]] = Field(default={"federated": {}})
+    methods: dict[Name, dict[str, Any]] = Field(default={"federated": {}})
     """Runs to compare: name, and what replaces settings of `federation` (or, as `training.x`, of `training`)."""
     baselines: tuple[Literal["pooled", "local"], ...] = ("pooled", "local")
     """What else is trained, with the same number of passes over the cases."""

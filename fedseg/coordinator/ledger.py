@@ -11,7 +11,8 @@ from fedseg.config import Section
 from fedseg.coordinator.study import KeySource
 from fedseg.credentials import read
 from fedseg.federated.checkpoint import write_durably
-from fedseg.kit import IssuedCertificate, Name, Roster, RosterSite, parse_document
+from fedseg.kit import IssuedCertificate, Roster, RosterSite, parse_document
+from fedseg.names import Name
 
 
 class LedgerSite(RosterSite):

@@ -15,7 +15,7 @@ from pydantic import Field, field_validator, model_validator
 from fedseg.config import Experiment, PositiveInt, Section, load_section
 from fedseg.coordinator.fence import SUPERLINK_PORT
 from fedseg.errors import ConfigError
-from fedseg.kit import Name
+from fedseg.names import Name
 
 Line = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x7f]+$")]
 """A text in one line; it may become a part of a certificate's name."""

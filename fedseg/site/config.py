@@ -7,6 +7,7 @@ from pydantic import Field
 
 from fedseg.config import PositiveInt, Section, load_section
 from fedseg.data.cohort import PersonRule
+from fedseg.names import Name
 from fedseg.site.policy import Policy
 
 
@@ -19,7 +20,7 @@ def default_cache() -> str:
 class SiteConfig(Section):
     """One hospital's data and machine."""
 
-    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: Name
     """The site's name in the federation; letters, digits, `.`, `_`, `-`."""
     data: str
     """Folder with the cases: Decathlon (`dataset.json`), or images and labels."""
