@@ -5,8 +5,9 @@ from pathlib import Path
 
 from pydantic import Field
 
-from fedseg.config import PositiveInt, Section, load_section
+from fedseg.config import PositiveInt, Section, load_section, read_toml
 from fedseg.data.cohort import PersonRule
+from fedseg.errors import ConfigError
 from fedseg.names import Name
 from fedseg.site.policy import Policy
 
@@ -68,6 +69,11 @@ def load_site(path: Path) -> SiteConfig:
     Raises:
         ConfigError: the file is missing or wrong.
     """
+    if "data" not in read_toml(path):
+        raise ConfigError(
+            f'{path}: data is missing: which folder holds the cases? Write a line data = "/folder/with/the/cases" (in a new kit it '
+            "stands there behind a #); `fedseg data check FOLDER` says whether a folder can be used"
+        )
     site = load_section(SiteConfig, path)
     base = path.resolve().parent
     folders = {"data": site.data, "cache": site.cache, "state": site.state, "socket": site.socket, "key": site.key}
