@@ -174,7 +174,8 @@ def _score(
 
 
 def _all_cases(site: SiteConfig, experiment: Experiment) -> Sequence[PreparedCase]:
-    return prepare_cohort(Site(site).cohort(), experiment.task, experiment.data, Path(site.cache)).cases
+    shift = site.shift and site.shift.for_scoring
+    return prepare_cohort(Site(site).cohort(), experiment.task, experiment.data, Path(site.cache), shift=shift).cases
 
 
 def _site_counts(site: SiteConfig, experiment: Experiment) -> dict[str, Any]:

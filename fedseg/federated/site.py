@@ -18,6 +18,7 @@ from fedseg.data.augment import mirror_pairs
 from fedseg.data.cohort import Cohort, read_cohort, split_by_person
 from fedseg.data.patches import Batch, PatchSampler
 from fedseg.data.preprocess import PreparedCase, PreparedCohort, prepare_cohort, require_enough
+from fedseg.data.shift.profiles import Shift
 from fedseg.device import pick_device, seed_everything
 from fedseg.errors import ConfigError, SiteAbstained, TrainingDiverged
 from fedseg.evaluation import evaluate
@@ -127,14 +128,17 @@ class Site:
             training, validation = split_by_person(self.cohort(), experiment.data.validation_fraction, experiment.seed)
             total = len(training.cases) + len(validation.cases)
 
-            def prepared(part: Cohort, before: int) -> PreparedCohort:
+            def prepared(part: Cohort, before: int, shift: Shift | None) -> PreparedCohort:
                 return prepare_cohort(
-                    part, experiment.task, experiment.data, cache, progress=progress,
+                    part, experiment.task, experiment.data, cache, shift=shift, progress=progress,
                     on_case=lambda done: self.watch("preparing", before + done, total),
                 )  # fmt: skip
 
+            shift = self.config.shift
             self._data[key] = SiteData(
-                prepared(training, 0), prepared(validation, len(training.cases)), len(training.cases)
+                prepared(training, 0, shift),
+                prepared(validation, len(training.cases), shift and shift.for_scoring),
+                len(training.cases),
             )
         return self._data[key]
 

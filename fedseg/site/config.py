@@ -7,6 +7,7 @@ from pydantic import Field
 
 from fedseg.config import PositiveInt, Section, load_section, read_toml
 from fedseg.data.cohort import PersonRule
+from fedseg.data.shift.profiles import Shift
 from fedseg.errors import ConfigError
 from fedseg.names import Name
 from fedseg.site.policy import Policy
@@ -45,6 +46,8 @@ class SiteConfig(Section):
     """`cpu`, `cuda`, `cuda:1`, ... or `auto`: a GPU if there is one."""
     threads: PositiveInt = 1
     """CPU threads for the network. Results are repeatable to the last bit only for the same number."""
+    shift: Shift | None = None
+    """For simulations only: another scanner and annotator than the files are from."""
 
     @property
     def state_folder(self) -> Path:
