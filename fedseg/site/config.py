@@ -74,8 +74,8 @@ def load_site(path: Path) -> SiteConfig:
     """
     if "data" not in read_toml(path):
         raise ConfigError(
-            f'{path}: data is missing: which folder holds the cases? Write a line data = "/folder/with/the/cases" (in a new kit it '
-            "stands there behind a #); `fedseg data check FOLDER` says whether a folder can be used"
+            f'{path}: data is missing: which folder holds the cases? Write a line data = "/folder/with/the/cases" (in a new '
+            "kit it stands there behind a #); `fedseg data check FOLDER` says whether a folder can be used"
         )
     site = load_section(SiteConfig, path)
     base = path.resolve().parent

@@ -11,7 +11,7 @@ from fedseg.site.policy import Policy
 def test_the_site_file_is_accepted_once_it_says_where_the_data_are(tmp_path):
     template = site_toml("Aare").decode()
     (tmp_path / "site.toml").write_text(template)
-    with pytest.raises(ConfigError, match=r"site\.toml: data is missing: .* Write a line data = .* `fedseg data check FOLDER`"):
+    with pytest.raises(ConfigError, match=r"site\.toml: data is missing: .* Write a line data = .* `fedseg data check"):
         load_site(tmp_path / "site.toml")
     (tmp_path / "site.toml").write_text(template.replace("# data = ", "data = "))
     site = load_site(tmp_path / "site.toml")
