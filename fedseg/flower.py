@@ -256,7 +256,8 @@ class FlowerFleet:
             if remaining <= 0:
                 break
             for message_id, site in self._lost(pending, asked, pushed):
-                log.warning("round %d: the gate of %s was started anew; it is asked again", server_round, site)
+                told, about = (server_round, site), {"round": server_round, "site": site}
+                log.warning("round %d: the gate of %s was started anew; it is asked again", *told, extra=about)
                 del pending[message_id]
                 pushed[site] = time.time()
                 again = self._push(content, kind, {site: asked[site]}, ttl)

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
+from fedseg import logs
 from fedseg.config import Experiment
 from fedseg.errors import StoreError
 from fedseg.federated.checkpoint import load_state, write_durably
@@ -218,7 +219,10 @@ def _run(
 ) -> ServerState:
     store = RunStore(output, run)
     try:
-        return run_federation(experiment, fleet, store, lambda: start_state(experiment), resume=resume, observe=observe)
+        with logs.about(run=run):
+            return run_federation(
+                experiment, fleet, store, lambda: start_state(experiment), resume=resume, observe=observe
+            )
     finally:
         store.close()
 
@@ -304,7 +308,7 @@ def _in_parallel(
         return results
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOAD))
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=logs.follow) as pool:
         futures = [pool.submit(function, *arguments) for arguments in calls]
         try:
             while wait(futures, timeout=0.5).not_done:

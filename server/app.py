@@ -16,10 +16,11 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from fedseg import logs
 from fedseg.config import Experiment, load_experiment
 from fedseg.coordinator.between import logged, read_who
-from fedseg.federated.driver import Event, run_federation
-from fedseg.federated.messages import SiteFailure
+from fedseg.federated.driver import run_federation
+from fedseg.federated.narrate import narrate
 from fedseg.federated.site import start_state
 from fedseg.federated.store import RunStore
 from fedseg.flower import FlowerFleet
@@ -46,7 +47,7 @@ def main(grid: Grid, context: Context) -> None:
         min_sites=experiment.federation.min_sites,
         patience=float(settings["wait-seconds"]),
     )
-    with logged(directory):
+    with logged(directory), logs.about(run=RUN):
         log.info("experiment %s, results go to %s", experiment.name, directory)
         _run(experiment, fleet, directory, int(settings["wait-for-sites"]), bool(settings["resume"]))
 
@@ -62,7 +63,7 @@ def _run(experiment: Experiment, fleet: FlowerFleet, directory: Path, wait_for: 
             store,
             lambda: start_state(experiment),
             resume=resume,
-            observe=_tell,
+            observe=narrate,
         )
     finally:
         store.close()
@@ -73,30 +74,3 @@ def _run(experiment: Experiment, fleet: FlowerFleet, directory: Path, wait_for: 
         log.info(
             "%d tensors stayed at the sites; each completes the model with `fedseg personalise`", len(state.private)
         )
-
-
-def _tell(event: Event) -> None:
-    if isinstance(event.answer, SiteFailure):
-        failure = event.answer
-        log.warning("round %d: %s %s (%s)", event.server_round, failure.site, failure.kind, failure.reason)
-    if event.report is not None:
-        report = event.report
-        log.info(
-            "round %d: %d of %d sites in %.1f s, %d cases%s",
-            event.server_round,
-            len(report.accepted),
-            len(report.asked),
-            report.seconds,
-            sum(update.num_cases for update in report.accepted),
-            _dice(event, "received"),
-        )
-    if event.kind == "finished":
-        log.info("final weights%s", _dice(event, "final"))
-
-
-def _dice(event: Event, which: str) -> str:
-    """Mean over sites and structures, for the log."""
-    values = [
-        value for scores in (event.scores or {}).values() for name, value in scores.items() if name.startswith("dice/")
-    ]
-    return f", mean Dice of the {which} weights {sum(values) / len(values):.3f}" if values else ""

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from fedseg import __version__
+from fedseg import __version__, logs
 from fedseg.cli import (
     data,
     experiment,
@@ -56,11 +56,15 @@ app.add_typer(server.app, name="server")
 def _options(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what is going on to stderr.")] = False,
+    log_format: Annotated[
+        logs.Format,
+        typer.Option(envvar=logs.FORMAT, help="Lines of the log on stderr; json is for whatever collects logs."),
+    ] = "text",
 ) -> None:
     if version:
         typer.echo(__version__)
         raise typer.Exit
-    logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(asctime)s %(name)s: %(message)s")
+    logs.set_up(log_format, logging.INFO if verbose else logging.ERROR)
 
 
 def main() -> None:
@@ -69,7 +73,10 @@ def main() -> None:
     try:
         app()
     except FedsegError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        if logs.is_json():
+            logging.getLogger("fedseg").error(str(error))
+        else:
+            Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

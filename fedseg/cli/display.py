@@ -1,5 +1,6 @@
 """What a person sees while a simulation runs: a table of rounds and a bar for everything else that takes long."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -10,12 +11,46 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from fedseg import logs
 from fedseg.federated.driver import Event
 from fedseg.federated.messages import SiteFailure
+from fedseg.federated.narrate import narrate
 from fedseg.federated.rounds import AcceptedUpdate
+
+log = logging.getLogger(__name__)
 
 ROWS_SHOWN = 12
 TICK_SECONDS = 0.25
+
+
+def show_rounds(console: Console, rounds: int) -> "RoundsDisplay | RoundsLog":
+    """What shows a simulation: to people, or to whatever collects logs.
+
+    Args:
+        console: for people.
+        rounds: number of rounds of each run.
+    """
+    return RoundsLog() if logs.is_json() else RoundsDisplay(console, rounds)
+
+
+class RoundsLog:
+    """Tells the log of a simulation."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def event(self, run: str, event: Event) -> None:
+        """Take in what happened in a run."""
+        with logs.about(run=run):
+            narrate(event)
+
+    def progress(self, task: str, done: int, total: int) -> None:
+        """Take in how far something is."""
+        if done >= total:
+            log.info("%s: done (%d)", task, total)
 
 
 @dataclass

@@ -186,7 +186,10 @@ def metrics(
     from prometheus_client import CollectorRegistry, generate_latest
 
     from fedseg.coordinator.exporter import RunCollector, serve
+    from fedseg.errors import ConfigError
 
+    if not directory.is_dir():
+        raise ConfigError(f"{directory}: no such folder; name the result directory of a study or of a simulation")
     if once:
         registry = CollectorRegistry()
         registry.register(RunCollector(directory))
@@ -297,6 +300,7 @@ def _run(
 
     from rich.console import Console
 
+    from fedseg import logs
     from fedseg.coordinator.fence import SUPERLINK_PORT
     from fedseg.coordinator.supervisor import Plan, Supervisor
     from fedseg.errors import KitError
@@ -307,6 +311,7 @@ def _run(
         raise KitError(f"{kit}: is the kit of site {opened.config.site}; the server needs the coordinator's")
     console = Console(highlight=False, soft_wrap=True, markup=False)
     port = opened.config.superlink_port or SUPERLINK_PORT
+    plain = not logs.is_json()  # else the log says it all
     supervisor = Supervisor(
         Plan(
             opened,
@@ -319,12 +324,13 @@ def _run(
             metrics_host=metrics.host,
             web_config=metrics.web_config,
         ),
-        tell=lambda text: console.print(f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}"),
+        tell=lambda text: console.print(f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}") if plain else None,
     )
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: supervisor.stop.set())
     if supervisor.run():
-        console.print(f"the study is finished; its model is {supervisor.plan.run_directory / 'models'}")
+        end = f"the study is finished; its model is {supervisor.plan.run_directory / 'models'}"
+        console.print(end) if plain else logs.say(end)
         if stay:
             supervisor.stop.wait()
 

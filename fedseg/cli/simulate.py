@@ -31,7 +31,7 @@ def simulate(
     """Simulate a federation: train it, its pooled and local-only counterparts, and compare them."""
     from rich.console import Console
 
-    from fedseg.cli.display import RoundsDisplay
+    from fedseg.cli.display import show_rounds
     from fedseg.cli.warm_start import show_warm_start
     from fedseg.device import pick_device
     from fedseg.errors import ConfigError
@@ -50,7 +50,7 @@ def simulate(
         discard(output)
     console = Console()
     show_warm_start(wanted.experiment, console)
-    with RoundsDisplay(console, wanted.experiment.federation.rounds) as display:
+    with show_rounds(console, wanted.experiment.federation.rounds) as display:
         result = run(wanted, output, machine, resume=resume, show=display)
         pictures = draw_figures(output, lambda done, total: display.progress("pictures", done, total))
     _show([result])

@@ -31,6 +31,7 @@ def start(kit: KitFolder = Path(), site: SiteFile = None) -> None:
 
     from rich.console import Console
 
+    from fedseg import logs
     from fedseg.kit import load_kit
     from fedseg.site.approval import approvals
     from fedseg.site.start import Household
@@ -38,10 +39,11 @@ def start(kit: KitFolder = Path(), site: SiteFile = None) -> None:
     console = Console(highlight=False, soft_wrap=True)
     opened = load_kit(kit)
     if not approvals(kit):
-        console.print(
-            "[yellow]no app bundle is approved yet; until then the gate refuses all work:[/] fedseg site approve"
-        )
-    household = Household(opened, site or kit / "site.toml", tell=lambda text: console.print(f"{_now()} {text}"))
+        warning = "no app bundle is approved yet; until then the gate refuses all work: fedseg site approve"
+        logs.say(warning) if logs.is_json() else console.print(warning, style="yellow")
+    logs.always_about(site=opened.config.site)
+    tell = logs.say if logs.is_json() else lambda text: console.print(f"{_now()} {text}")
+    household = Household(opened, site or kit / "site.toml", tell=tell)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: household.stop.set())
     household.run()
@@ -61,6 +63,7 @@ def serve(
     """
     import logging
 
+    from fedseg import logs
     from fedseg.errors import ConfigError
     from fedseg.site.isolation import leave_network
 
@@ -70,14 +73,15 @@ def serve(
                 "this system grants no network namespace of one's own (root, or user namespaces for everybody); start without "
                 "--no-network and take the network away otherwise: deploy/README.md"
             )
-        typer.echo("this process still has the network: the system grants no namespace; see deploy/README.md", err=True)
+        logs.say("this process still has the network: the system grants no namespace; see deploy/README.md")
 
     from fedseg.site.config import load_site
     from fedseg.site.service import serve as serve_site
 
     logging.getLogger("fedseg").setLevel(logging.INFO)
     config = load_site(site)
-    serve_site(config, ready=lambda: typer.echo(f"site {config.name} answers on {config.socket}", err=True))
+    logs.always_about(site=config.name)
+    serve_site(config, ready=lambda: logs.say(f"site {config.name} answers on {config.socket}"))
 
 
 @app.command()
@@ -92,6 +96,7 @@ def gate(
     """Run the gate alone: network, no data. Connections go out to the coordinator only."""
     import logging
 
+    from fedseg import logs
     from fedseg.errors import KitError
     from fedseg.kit import load_kit
     from fedseg.site.supernode import run_supernode
@@ -100,6 +105,7 @@ def gate(
     opened = load_kit(kit)
     if opened.config.role != "site":
         raise KitError(f"{kit}: is the coordinator's kit; a gate needs that of a site")
+    logs.always_about(site=opened.config.site)
     run_supernode(opened, socket or _socket_of(kit), home=(home or kit / "gate").absolute(), port=port)
 
 

@@ -26,7 +26,7 @@ def train(
     """Train one site alone, or several sites' cases pooled, without a federation."""
     from rich.console import Console
 
-    from fedseg.cli.display import RoundsDisplay
+    from fedseg.cli.display import show_rounds
     from fedseg.cli.simulate import usable_cores
     from fedseg.cli.warm_start import show_warm_start
     from fedseg.config import load_experiment
@@ -56,7 +56,7 @@ def train(
         Site(config).prepare(wanted, progress=True)
     console = Console()
     show_warm_start(wanted, console)
-    with RoundsDisplay(console, wanted.federation.rounds) as display:
+    with show_rounds(console, wanted.federation.rounds) as display:
         path = train_alone(
             wanted, sites, "train", output, resume=resume, observe=lambda event: display.event("train", event)
         )

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
+from fedseg import logs
 from fedseg.errors import ConfigError
 from fedseg.federated.checkpoint import write_durably
 
@@ -60,7 +61,7 @@ def logged(directory: Path) -> Iterator[None]:
     rotating = RotatingFileHandler(directory / LOG, maxBytes=LOG_BYTES, backupCount=LOGS_KEPT)
     handlers: list[logging.Handler] = [logging.StreamHandler(), rotating]
     for handler in handlers:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handler.setFormatter(logs.formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(handler)
     before, propagated = logger.level, logger.propagate
     logger.setLevel(logging.INFO)

@@ -102,11 +102,11 @@ class Supervisor:
 
     Args:
         plan: what to run.
-        tell: is told what happens, one sentence each.
+        tell: is told what happens, one sentence each, besides the log.
     """
 
     plan: Plan
-    tell: Callable[[str], None] = log.info
+    tell: Callable[[str], None] = lambda _: None
     stop: threading.Event = field(default_factory=threading.Event)
     _superlink: "subprocess.Popen[bytes] | None" = None
     _fence: "subprocess.Popen[bytes] | None" = None
@@ -135,13 +135,13 @@ class Supervisor:
             _check_same_study(plan, experiment)
             bundle = plan.kit.app.read_bytes()
             _end_leftovers(plan.state)
-            self.tell(f"study {plan.kit.config.study}, experiment {experiment.name}, state in {plan.state}")
+            self._say(f"study {plan.kit.config.study}, experiment {experiment.name}, state in {plan.state}")
             if plan.metrics_port is not None:
                 machine = MachineCollector(plan.kit, plan.state)
                 server, _ = serve(
                     plan.run_directory, plan.metrics_host, plan.metrics_port, [machine], web_config=plan.web_config
                 )
-                self.tell(f"the page to watch is {server.url}, series for Prometheus are on {server.url}metrics")
+                self._say(f"the page to watch is {server.url}, series for Prometheus are on {server.url}metrics")
             try:
                 while not self.stop.is_set():
                     if self._step(bundle):
@@ -183,7 +183,7 @@ class Supervisor:
             self._close_control()
             pause = self._links.failed(None)
             self._restarts["superlink"] += 1
-            self.tell(f"the SuperLink has ended (exit code {self._superlink.returncode}); starting it in {pause:.0f} s")
+            self._say(f"the SuperLink has ended (exit code {self._superlink.returncode}); starting it in {pause:.0f} s")
             self._superlink, self._run_id, self._held = None, None, False
         if not self._links.over:
             return False
@@ -203,7 +203,7 @@ class Supervisor:
             with contextlib.suppress(SuperLinkError):
                 control.nodes()
                 self._control, self._look_at_sites = control, 0.0
-                self.tell(f"the SuperLink listens on 127.0.0.1:{plan.port}")
+                self._say(f"the SuperLink listens on 127.0.0.1:{plan.port}")
                 self._end_old_runs(control)
                 return True
             self.stop.wait(0.2)
@@ -253,10 +253,10 @@ class Supervisor:
             else:
                 control.unregister(node.node_id)
                 name = known.get(node.node_id, f"node {node.node_id}")
-                self.tell(f"{name} is shut out: its key is revoked, expired or unknown")
+                self._say(f"{name} is shut out: its key is revoked, expired or unknown")
         for key, name in wanted.items():
             members[control.register(key, name)] = Member(name, 0.0)
-            self.tell(f"site {name} may connect")
+            self._say(f"site {name} may connect")
         return members
 
     # ---------------------------------------------------------------------------------------------- run
@@ -292,7 +292,7 @@ class Supervisor:
             "wait-seconds": plan.wait_seconds,
         }
         self._run_id, self._held = control.submit(bundle, settings), False
-        self.tell(f"run {self._run_id} is submitted; it goes on after round {rounds_done(plan.run_directory)}")
+        self._say(f"run {self._run_id} is submitted; it goes on after round {rounds_done(plan.run_directory)}")
 
     def _no_other_is_running(self) -> bool:
         """End a ServerApp that has outlived its SuperLink: it could not send anything, but it holds the run."""
@@ -315,7 +315,7 @@ class Supervisor:
         if self._fence is not None and self._fence.poll() is None:
             if files != self._fence_files:
                 self._fence.send_signal(signal.SIGHUP)
-                self.tell("the fence reads its configuration anew")
+                self._say("the fence reads its configuration anew")
             self._fence_files = files
             return
         if self._fence is not None:
@@ -340,11 +340,14 @@ class Supervisor:
         self._fence_files = files
 
     # ---------------------------------------------------------------------------------------------- end and status
+    def _say(self, text: str, level: int = logging.INFO) -> None:
+        log.log(level, text)
+        self.tell(text)
+
     def _trouble(self, problem: str) -> None:
         if problem != self._problem:
             self._problem = problem
-            log.warning(problem)
-            self.tell(problem)
+            self._say(problem, logging.WARNING)
 
     def _write_status(self, state: str) -> None:
         document = {

@@ -11,6 +11,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Self
 
+from fedseg import logs
 from fedseg.federated.mailbox import Mailbox
 from fedseg.federated.messages import Answer, RoundInstructions, SiteFailure, SiteUpdate
 
@@ -176,6 +177,7 @@ class WorkerFleet:
 
 def _work(pipe: Connection, inbox: Mailbox, outbox: Mailbox, make_ask: Callable[[], Ask]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which then ends its workers
+    logs.follow()
     ask, instructions = make_ask(), None
     with suppress(EOFError, OSError):  # the main process is gone
         while True:

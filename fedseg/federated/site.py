@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from fedseg import logs
 from fedseg.config import Experiment, parse_experiment
 from fedseg.data.augment import mirror_pairs
 from fedseg.data.cohort import Cohort, read_cohort, split_by_person
@@ -253,14 +254,15 @@ def answer_safely(site: AnswerRound, name: str, instructions: RoundInstructions)
 
     This is the one broad `except`: an error's text may hold a patient's file name, so it stays in the local log.
     """
-    try:
-        return site(instructions)
-    except SiteAbstained as abstention:
-        log.warning("site %s abstains from round %d: %s", name, instructions.server_round, abstention)
-        return SiteFailure(name, instructions.server_round, "abstained", abstention.reason)
-    except Exception as error:
-        log.exception("site %s failed in round %d", name, instructions.server_round)
-        return SiteFailure(name, instructions.server_round, "failed", type(error).__name__)
+    with logs.about(site=name, round=instructions.server_round):
+        try:
+            return site(instructions)
+        except SiteAbstained as abstention:
+            log.warning("site %s abstains from round %d: %s", name, instructions.server_round, abstention)
+            return SiteFailure(name, instructions.server_round, "abstained", abstention.reason)
+        except Exception as error:
+            log.exception("site %s failed in round %d", name, instructions.server_round)
+            return SiteFailure(name, instructions.server_round, "failed", type(error).__name__)
 
 
 @dataclass(frozen=True)

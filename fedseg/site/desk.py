@@ -13,6 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from fedseg import logs
 from fedseg.config import Experiment, parse_experiment
 from fedseg.errors import PolicyRefused, RoundCancelled, SiteAbstained
 from fedseg.federated.document import Buffer
@@ -63,6 +64,7 @@ class Desk:
         self._site = Site(config)
         self._manifest = load(config.manifest) if config.manifest.exists() else None
 
+    @logs.about()
     def answer(self, document: Buffer, *, train: bool, watch: Watch) -> list[Buffer] | SiteFailure:
         """The document that may leave, or a code that says why there is none.
 
@@ -100,6 +102,7 @@ class Desk:
         try:
             instructions = RoundInstructions.decode(document)
             request.server_round = instructions.server_round
+            logs.now_about(round=request.server_round)
             update = self._update(instructions, request)
         except PolicyRefused as refusal:
             log.warning("round %d refused: %s", request.server_round, refusal)

@@ -42,6 +42,7 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.nodestate import NodeState
 from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState
 
+from fedseg import logs
 from fedseg.app_bundle import bundle_digest
 from fedseg.errors import ConfigError, KitError
 from fedseg.kit import Kit
@@ -203,7 +204,7 @@ def run_supernode(kit: Kit, socket: Path, *, home: Path, port: int = 0) -> None:
     entities.write_text(json.dumps({ENTITY: public.decode()}))
     from flwr.supernode.cli.flower_supernode import flower_supernode
 
-    logging.getLogger("flwr").propagate = False  # it has a handler of its own
+    logs.adopt("flwr")  # it has a handler of its own
     port = port or free_port()
     executor = start_executor(f"127.0.0.1:{port}")
     try:
