@@ -110,6 +110,8 @@ def _copy(directory: Path, run: str, kind: str, output: str | None, follow: bool
     if output is None:
         place = "a folder" if kind == "tensorboard" else "a folder or the address of a tracking server"
         raise ConfigError(f"--output: --as {kind} needs {place}")
+    if follow and not (directory / "store.sqlite").exists():
+        typer.echo(f"waiting for a run in {directory}")
     try:
         new = copy_run(directory, run, make_writer(kind, output), follow=follow)
     except KeyboardInterrupt:

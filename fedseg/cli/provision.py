@@ -16,8 +16,11 @@ if TYPE_CHECKING:
 
 
 def provision(
-    study: Annotated[Path, typer.Argument(help="Study file: name, experiment, coordinator, sites.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the kits and the study's authority.")],
+    study: Annotated[
+        Path | None,
+        typer.Argument(help="Study file: name, experiment, coordinator, sites. Not needed with --show."),
+    ] = None,
     app: Annotated[Path | None, typer.Option(help="App bundle for all kits; absent: the one in use.")] = None,
     renew: Annotated[
         list[str] | None, typer.Option(help="Site, or `coordinator`, that gets a new certificate and kit.")
@@ -38,11 +41,14 @@ def provision(
     from rich.markup import escape
 
     from fedseg.coordinator import provision as office
+    from fedseg.errors import ConfigError
 
     console, now = Console(highlight=False), datetime.now(UTC)
     if show:
         ledger, warnings = office.standing(out, now)
         console.print(_standing(ledger, now))
+    elif study is None:
+        raise ConfigError("which study? Name the study file: fedseg provision study.toml -o FOLDER")
     else:
         done = office.provision(study, out, now=now, app=app, renew=renew or (), revoke=revoke or (), update=update)
         warnings = list(done.warnings)

@@ -68,6 +68,7 @@ def find_runs(folder: Path) -> Iterator[RunSummary]:
     Raises:
         StoreError: there is none.
     """
+    _check_is_folder(folder)
     found = False
     for directory in sorted(
         {path.parent for depth in range(DEEPEST) for path in folder.glob("*/" * depth + "store.sqlite")}
@@ -88,6 +89,7 @@ def rounds_of(directory: Path, run: str) -> list[RoundStory]:
     Raises:
         StoreError: the directory has no such run.
     """
+    _check_is_folder(directory)
     with reader(directory) as store:
         names = [row["run"] for row in store("SELECT run FROM runs")]
         if run not in names:
@@ -137,6 +139,11 @@ def sparkline(values: Sequence[float | None]) -> str:
     return "".join(
         BARS[round((value - low) * scale)] if value is not None and math.isfinite(value) else " " for value in values
     )
+
+
+def _check_is_folder(path: Path) -> None:
+    if not path.is_dir():
+        raise StoreError(f"{path}: no such folder; name a result directory, or `state/run` of a study")
 
 
 def _summary(directory: Path, run: Any, store: Store) -> RunSummary:

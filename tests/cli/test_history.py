@@ -48,6 +48,12 @@ def test_a_folder_without_runs_says_so(tmp_path):
     assert "holds no run store" in str(done.exception)
 
 
+@pytest.mark.parametrize("command", ["runs", "show", "export", "metrics", "watch"])
+def test_a_folder_that_is_not_there_says_so(command, tmp_path):
+    done = CliRunner().invoke(app, ["server", command, str(tmp_path / "nowhere")])
+    assert "nowhere: no such folder" in str(done.exception)
+
+
 def test_a_run_is_told_round_by_round_with_what_went_wrong(folder):
     told = fedseg("show", folder / "deep" / "second")
     assert "C: abstained (too-few-cases)" in told

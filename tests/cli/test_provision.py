@@ -41,6 +41,16 @@ def test_standing_is_shown_and_fits_a_narrow_terminal(tmp_path):
     assert max(map(len, provision(study, "--show", columns=80).splitlines())) <= 80
 
 
+def test_standing_needs_no_study_file_and_everything_else_does(tmp_path):
+    study = Studies(tmp_path)
+    study.provision("Aare")
+    shown = run.invoke(app, ["provision", "--show", "-o", str(study.kits)])
+    assert shown.exit_code == 0
+    assert "Aare" in shown.stdout
+    refused = run.invoke(app, ["provision", "-o", str(study.kits)])
+    assert "Name the study file" in str(refused.exception)
+
+
 def test_without_a_bundle_that_of_the_installation_is_packed(tmp_path):
     study = Studies(tmp_path)
     study.write("Aare")
