@@ -5,6 +5,7 @@ and says so. Each site makes its own complete file of it.
 """
 
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,11 +106,12 @@ def load_model_file(path: Path) -> tuple[Experiment, nn.Module]:
     file = read_model_file(path)
     if file.missing:
         folder = path / "models" / "federated" if path.is_dir() else path.with_suffix("")
+        command = f"fedseg personalise {shlex.quote(str(path))} --site SITE.toml --output FILE"
         simulated = f"; the simulated sites' own models are in {folder}" if folder.is_dir() else ""
         raise ModelError(
             f"{path}: is no complete network: {len(file.missing)} tensors stayed at the sites (federation.exchange = "
-            f"{file.experiment.federation.exchange!r}). On a site's machine, `fedseg personalise {path} --site SITE.toml "
-            f"--output FILE` joins it with that site's tensors{simulated}"
+            f"{file.experiment.federation.exchange!r}). On a site's machine, `{command}` joins it "
+            f"with that site's tensors{simulated}"
         )
     model = new_model(file.experiment)
     put_weights(model, file.weights)

@@ -87,6 +87,8 @@ def evaluate(
     csv: Annotated[Path | None, typer.Option(help="Also write the scores of each case to this file.")] = None,
 ) -> None:
     """Score a network on labelled cases: Dice, HD95 and surface Dice in mm, per structure."""
+    import shlex
+
     from rich.console import Console
     from rich.progress import Progress
 
@@ -122,9 +124,8 @@ def evaluate(
         )
     console.print(_score_table(found))
     if prepared.quarantined:
-        console.print(
-            f"not scored: {len(prepared.quarantined)} cases; `fedseg data check {data}` tells why", highlight=False
-        )
+        command = shlex.join(["fedseg", "data", "check", str(data)])
+        console.print(f"not scored: {len(prepared.quarantined)} cases; `{command}` tells why", highlight=False)
     if csv is not None:
         _write_csv(csv, found)
         console.print(f"scores of each case: {csv}", highlight=False)

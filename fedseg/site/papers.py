@@ -1,5 +1,6 @@
 """Checks of what was decided and prepared: kit, certificate, app bundle, site file, policy, data."""
 
+import shlex
 import socket as sockets
 from datetime import UTC, datetime
 from pathlib import Path
@@ -62,7 +63,7 @@ def check_bundle(known: Known) -> Finding:
     if not found:
         return not_ready(
             f"{digest[:16]}... is not approved here: the gate would refuse all work",
-            f"fedseg site approve --show {path}, then without --show",
+            f"fedseg site approve --show {shlex.quote(str(path))}, then without --show",
         )
     return ok(f"{digest[:16]}... approved on {found[0].approved:%Y-%m-%d} by {found[0].by or 'somebody'}")
 
@@ -123,7 +124,7 @@ def check_data(known: Known) -> Finding:
         f"{audit.total_cases - len(bad)} of {audit.total_cases} cases are usable, {len(audit.warnings)} warnings; "
         f"training: {len(training)} cases of {persons[0]} persons, validation: {len(validation)} of {persons[1]}"
     )
-    look = f"fedseg data check {config.data} --experiment {known.folder / 'experiment.toml'}"
+    look = shlex.join(["fedseg", "data", "check", config.data, "--experiment", str(known.folder / "experiment.toml")])
     least = max(experiment.data.min_cases, config.policy.min_cases)
     if len(training) < least:
         whose = "policy.min_cases" if config.policy.min_cases >= experiment.data.min_cases else "the study"

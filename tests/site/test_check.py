@@ -1,5 +1,6 @@
 import gzip
 import os
+import shlex
 import socket
 from datetime import datetime
 from pathlib import Path
@@ -167,6 +168,16 @@ def test_broken_cases_are_counted_and_the_others_used(site):
     assert found.state == "attention"
     assert "8 of 9 cases are usable" in found.found
     assert found.remedy.startswith("fedseg data check")
+
+
+def test_a_command_to_type_holds_for_folders_with_spaces(tmp_path):
+    site = ReadySite(tmp_path / "a kit")
+    (site.kit / "approved.json").unlink()
+    sorted((site.data / "imagesTr").iterdir())[0].write_bytes(gzip.compress(b"not a volume"))
+    found = findings(site)
+    look, approve = found["data"].remedy, found["app bundle"].remedy.split(", then")[0]
+    assert shlex.split(look)[2:] == ["check", str(site.data), "--experiment", f"{site.kit}/experiment.toml"]
+    assert shlex.split(approve) == ["fedseg", "site", "approve", "--show", f"{site.kit}/app.fab"]
 
 
 def test_a_cohort_that_is_mostly_broken_is_not_ready(site):
