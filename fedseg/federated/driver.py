@@ -5,9 +5,8 @@ is repeated. What a site reports about its own failure, a refused update, a late
 none of it touches the weights.
 """
 
-import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 from fedseg.config import Experiment
@@ -15,6 +14,7 @@ from fedseg.errors import QuorumError, UpdateRefused
 from fedseg.federated.aggregation import Aggregator, make_aggregator
 from fedseg.federated.faults import reach
 from fedseg.federated.messages import Answer, RoundInstructions, SiteFailure, SiteUpdate
+from fedseg.federated.phases import PhaseClock
 from fedseg.federated.rounds import (
     AcceptedUpdate,
     RoundReport,
@@ -26,8 +26,9 @@ from fedseg.federated.rounds import (
     site_weight,
 )
 from fedseg.federated.screening import screen, screen_scores
+from fedseg.federated.sketch import Sketch, cosine, sketch
 from fedseg.federated.store import RunStore
-from fedseg.federated.weights import num_bytes
+from fedseg.federated.weights import Weights, num_bytes
 from fedseg.metrics import means_from_sums
 
 
@@ -40,7 +41,7 @@ class Fleet(Protocol):
     def exchange(
         self, instructions: RoundInstructions, sites: Sequence[str], deadline: float | None
     ) -> Iterator[Answer]:
-        """Ask sites and yield their answers as they arrive.
+        """Hand over the requests, as far as that can be told from waiting, and return the answers as they arrive.
 
         Args:
             instructions: the same for all.
@@ -108,10 +109,13 @@ def run_federation(
 class _Attempt:
     """What came in during one try at a round."""
 
+    number: int
     asked: tuple[str, ...]
     aggregator: Aggregator
-    begun: float = field(default_factory=time.monotonic)
+    clock: PhaseClock
     accepted: dict[str, AcceptedUpdate] = field(default_factory=dict)
+    sketches: dict[str, Sketch] = field(default_factory=dict)
+    """Of the accepted updates' parameters; the updates themselves are not kept."""
 
 
 @dataclass(frozen=True)
@@ -127,11 +131,18 @@ class _Run:
 
     def round_after(self, state: ServerState) -> ServerState:
         """Run one round and commit it."""
-        attempt, report = self._until_quorum(state)
-        norms = [update.norm for update in report.accepted]
-        after = apply_round(state, attempt.aggregator.result(), norms, self.experiment.federation)
+        attempt, failures = self._until_quorum(state)
+        attempt.clock.enter("aggregate")
+        joined = attempt.aggregator.result()
+        accepted = _with_cosines(attempt, joined, state)
+        after = apply_round(state, joined, [update.norm for update in accepted], self.experiment.federation)
+        phases = attempt.clock.seconds()
+        seconds = sum(phases.values())
+        report = RoundReport(after.server_round, attempt.number, attempt.asked, accepted, failures, seconds, phases)
         scores = {update.site: means_from_sums(update.sums) for update in report.accepted if update.sums}
+        self.store.waiting.enter("checkpoint")
         self.store.commit_round(after, report, {state.server_round: scores} if scores else None)
+        self.store.waiting.end()
         self.observe(Event("finished-round", after.server_round, report=report, scores=scores))
         return after
 
@@ -141,7 +152,8 @@ class _Run:
         asked = tuple(sorted(self.fleet.sites()))
         scores: dict[str, dict[str, float]] = {}
         self.store.waiting.begin(state.server_round, asked, closing=True)
-        for answer in self.fleet.exchange(instructions, asked, self.experiment.federation.deadline):
+        clock = PhaseClock("evaluate")
+        for answer in self._exchange(instructions, asked):
             self.store.waiting.answered(answer.site)
             try:
                 if isinstance(answer, SiteUpdate):
@@ -154,11 +166,16 @@ class _Run:
                 failure = SiteFailure(answer.site, instructions.server_round, "refused", refusal.reason)
             self._note(failure)
         scores = {site: scores[site] for site in sorted(scores) if scores[site]}
-        self.store.finish(state.server_round, scores)
+        self.store.finish(state.server_round, scores, clock.seconds())
         self.store.waiting.end()
         self.observe(Event("finished", state.server_round, scores=scores))
 
-    def _until_quorum(self, state: ServerState) -> tuple[_Attempt, RoundReport]:
+    def _exchange(self, instructions: RoundInstructions, asked: tuple[str, ...]) -> Iterator[Answer]:
+        answers = self.fleet.exchange(instructions, asked, self.experiment.federation.deadline)
+        self.store.sent(instructions.server_round, asked, num_bytes(instructions.weights))
+        return answers
+
+    def _until_quorum(self, state: ServerState) -> tuple[_Attempt, tuple[SiteFailure, ...]]:
         config = self.experiment.federation
         instructions = instructions_for(state, self.experiment, self.document)
         server_round, failures = instructions.server_round, list[SiteFailure]()
@@ -167,19 +184,21 @@ class _Run:
             self.observe(Event("round", server_round, asked=asked))
             self.store.waiting.begin(server_round, asked, number)
             reach("round-begun")
-            attempt = _Attempt(asked, make_aggregator(config.aggregate, config.trim))
-            for answer in self.fleet.exchange(instructions, asked, config.deadline):
+            clock = PhaseClock("broadcast", self.store.waiting.enter)
+            attempt = _Attempt(number, asked, make_aggregator(config.aggregate, config.trim), clock)
+            answers = self._exchange(instructions, asked)
+            clock.enter("wait")
+            for answer in answers:
                 self.store.waiting.answered(answer.site)
+                clock.enter("aggregate")
                 outcome = self._take(answer, attempt, state)
                 if isinstance(outcome, SiteFailure):
                     failures.append(outcome)
                     self._note(outcome)
                 self.observe(Event("answer", server_round, answer=outcome))
+                clock.enter("wait")
             if len(attempt.accepted) >= config.min_sites:
-                accepted = tuple(attempt.accepted[site] for site in sorted(attempt.accepted))
-                failed = tuple(sorted(failures, key=lambda failure: failure.site))
-                seconds = time.monotonic() - attempt.begun
-                return attempt, RoundReport(server_round, number, asked, accepted, failed, seconds)
+                return attempt, tuple(sorted(failures, key=lambda failure: failure.site))
             shortfall = f"{len(attempt.accepted)} of {config.min_sites} sites needed"
             self.store.event("repeated", server_round, detail=shortfall)
             self.observe(Event("repeat", server_round))
@@ -197,6 +216,7 @@ class _Run:
             _check_asked(answer, attempt.asked, attempt.accepted)
             size = screen(answer, server_round, state.exchanged, state.norms, federation.screening, state.buffers)
             attempt.aggregator.fold(answer.site, answer.delta, site_weight(answer.num_cases, federation))
+            attempt.sketches[answer.site] = sketch(answer.delta, state.buffers)
         except UpdateRefused as refusal:
             return SiteFailure(answer.site, server_round, "refused", refusal.reason)
         accepted = AcceptedUpdate(
@@ -204,7 +224,7 @@ class _Run:
             num_cases=answer.num_cases,
             norm=size,
             num_bytes=num_bytes(answer.delta),
-            seconds=time.monotonic() - attempt.begun,
+            seconds=attempt.clock.elapsed(),
             sums=answer.sums,
             training=answer.training,
             quarantined=answer.quarantined,
@@ -216,6 +236,15 @@ class _Run:
 
     def _note(self, failure: SiteFailure) -> None:
         self.store.event(failure.kind, failure.server_round, failure.site, failure.reason)
+
+
+def _with_cosines(attempt: _Attempt, joined: Weights, state: ServerState) -> tuple[AcceptedUpdate, ...]:
+    """The accepted updates in the order of their sites' names, each with its angle to the joint one."""
+    together = sketch(joined, state.buffers)
+    return tuple(
+        replace(attempt.accepted[site], cosine=cosine(attempt.sketches[site], together))
+        for site in sorted(attempt.accepted)
+    )
 
 
 def _check_asked(answer: SiteUpdate, asked: Collection[str], answered: Collection[str]) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from fedseg.config import Experiment, FederationConfig
 from fedseg.federated.messages import RoundInstructions, SiteFailure
+from fedseg.federated.phases import Phase
 from fedseg.federated.weights import FloatArray, Weights
 
 NORMS_KEPT = 50
@@ -57,6 +58,8 @@ class AcceptedUpdate:
     quarantined: Mapping[str, int]
     manifest: str = ""
     """Digest of the site's data manifest."""
+    cosine: float | None = None
+    """Of the angle between its parameters' update and the joint one, see `fedseg.federated.sketch`; None while there is none."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,9 @@ class RoundReport:
     accepted: tuple[AcceptedUpdate, ...]
     failures: tuple[SiteFailure, ...]
     seconds: float
+    """Of the last attempt, from its first request to the new weights."""
+    phases: Mapping[Phase, float] = field(default_factory=dict)
+    """The same by phase."""
 
 
 def initial_state(

@@ -1,11 +1,11 @@
 """How alike two updates are, told from a few thousand numbers of each: a count sketch.
 
-Charikar, Chen, Farach-Colton, "Finding frequent items in data streams", ICALP 2002; as a way to keep inner products: Weinberger et
-al., "Feature hashing for large scale multitask learning", ICML 2009. Every value gets a random sign and is added to one of B buckets.
-Values of one row of B are never added to each other; each row begins at a random bucket, so that values of two rows are with
-probability 1/B. The inner product of two sketches is right in the mean, and its variance over seeds is at most
-`(|x|^2 |y|^2 + (x.y)^2) / B`, as with independent buckets, for the signs are independent. Sketches are linear: those of parallel
-updates have a cosine of 1.
+Charikar, Chen, Farach-Colton, "Finding frequent items in data streams", ICALP 2002; as a way to keep inner products:
+Weinberger et al., "Feature hashing for large scale multitask learning", ICML 2009. Every value gets a random sign and is added
+to one of B buckets. Values of one row of B are never added to each other; each row begins at a random bucket, so that two
+values of different rows are with probability 1/B. The inner product of two sketches is right in the mean, and its variance over
+seeds is at most `(|x|^2 |y|^2 + (x.y)^2) / B`, as with independent buckets, for the signs are independent. Sketches are linear:
+those of parallel updates have a cosine of 1.
 """
 
 import math

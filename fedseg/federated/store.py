@@ -11,7 +11,7 @@ import logging
 import os
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -20,6 +20,7 @@ from fedseg.config import Experiment
 from fedseg.errors import StoreError
 from fedseg.federated.checkpoint import load_state, save_state
 from fedseg.federated.faults import reach
+from fedseg.federated.phases import Phase, PhaseClock
 from fedseg.federated.rounds import AcceptedUpdate, RoundReport, ServerState
 from fedseg.federated.waiting import WaitingFile, waiting_path
 from fedseg.federated.weights import digest
@@ -27,7 +28,7 @@ from fedseg.federated.weights import digest
 log = logging.getLogger(__name__)
 
 CHECKPOINTS_KEPT = 2
-VERSION = 2
+VERSION = 3
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS runs (
@@ -40,16 +41,24 @@ CREATE TABLE IF NOT EXISTS rounds (
 CREATE TABLE IF NOT EXISTS updates (
     run TEXT NOT NULL REFERENCES runs, server_round INTEGER NOT NULL, site TEXT NOT NULL, status TEXT NOT NULL,
     reason TEXT, num_cases INTEGER, norm REAL, bytes INTEGER, seconds REAL, training TEXT, quarantined TEXT,
-    manifest TEXT);
+    manifest TEXT, cosine REAL);
 CREATE TABLE IF NOT EXISTS metrics (
     run TEXT NOT NULL REFERENCES runs, server_round INTEGER NOT NULL, site TEXT NOT NULL, name TEXT NOT NULL,
     value REAL NOT NULL, PRIMARY KEY (run, server_round, site, name));
 CREATE TABLE IF NOT EXISTS events (
     id INTEGER PRIMARY KEY, run TEXT NOT NULL REFERENCES runs, time REAL NOT NULL, kind TEXT NOT NULL,
     server_round INTEGER, site TEXT, detail TEXT);
+CREATE TABLE IF NOT EXISTS phases (
+    run TEXT NOT NULL REFERENCES runs, server_round INTEGER NOT NULL, phase TEXT NOT NULL, seconds REAL NOT NULL,
+    PRIMARY KEY (run, server_round, phase));
+CREATE TABLE IF NOT EXISTS requests (
+    run TEXT NOT NULL REFERENCES runs, server_round INTEGER NOT NULL, site TEXT NOT NULL, bytes INTEGER NOT NULL);
 CREATE INDEX IF NOT EXISTS updates_by_round ON updates (run, server_round);
-PRAGMA user_version = 2;
+PRAGMA user_version = 3;
 """
+
+CHANGES = {2: "ALTER TABLE updates ADD COLUMN manifest TEXT", 3: "ALTER TABLE updates ADD COLUMN cosine REAL"}
+"""What makes an older store one of this version, beside the tables that it does not have."""
 
 SiteScores = Mapping[str, Mapping[str, float]]
 """Means of metrics by site."""
@@ -76,11 +85,8 @@ class RunStore:
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")
             version = self._db.execute("PRAGMA user_version").fetchone()[0]
-            if version == 0:
-                self._db.executescript(SCHEMA)
-            elif version == 1:  # before sites had data manifests
-                self._db.execute("ALTER TABLE updates ADD COLUMN manifest TEXT")
-                self._db.execute(f"PRAGMA user_version = {VERSION}")
+            if version < VERSION:
+                version = self._take_over()
         except sqlite3.DatabaseError as error:
             raise StoreError(f"{directory / 'store.sqlite'}: not a run store: {error}") from error
         if version > VERSION:
@@ -143,10 +149,30 @@ class RunStore:
         """
         self._commit(state, report, scores or {}, None)
 
-    def finish(self, server_round: int, metrics: SiteScores) -> None:
-        """Record the closing evaluation and mark the run as finished."""
+    def sent(self, server_round: int, sites: Sequence[str], size: int) -> None:
+        """Record that sites were asked, whatever becomes of it.
+
+        Args:
+            server_round: which round is computed.
+            sites: who was asked.
+            size: bytes of arrays that each of them was sent.
+        """
+        with self._transaction():
+            self._db.executemany(
+                "INSERT INTO requests VALUES (?, ?, ?, ?)", [(self.run, server_round, site, size) for site in sites]
+            )
+
+    def finish(self, server_round: int, metrics: SiteScores, phases: Mapping[Phase, float] | None = None) -> None:
+        """Record the closing evaluation and mark the run as finished.
+
+        Args:
+            server_round: the last one.
+            metrics: means by site.
+            phases: seconds that it took.
+        """
         with self._transaction():
             self._write_metrics(server_round, metrics)
+            self._write_phases(server_round, phases or {})
             self._db.execute("UPDATE runs SET finished = ? WHERE run = ?", (time.time(), self.run))
         reach("final-written")
 
@@ -179,6 +205,17 @@ class RunStore:
         """Where the state after a round is kept."""
         return self.directory / "checkpoints" / f"{self.run}-round-{server_round:04d}.safetensors"
 
+    def _take_over(self) -> int:
+        """Make a new store, or one of an earlier release, one of this version; returns the version that it has now."""
+        with self._transaction():
+            version = int(self._db.execute("PRAGMA user_version").fetchone()[0])  # another process may have been faster
+            if version < VERSION:
+                for newer in range(version + 1, VERSION + 1) if version else ():
+                    self._db.execute(CHANGES[newer])
+                for statement in SCHEMA.split(";"):
+                    self._db.execute(statement)
+        return max(version, VERSION)
+
     def _claim(self) -> None:
         """Keep other processes from running the same run; the system lets go when this one ends, however it ends."""
         if self._lock is not None:
@@ -203,7 +240,7 @@ class RunStore:
         metrics: Mapping[int, SiteScores],
         experiment: Experiment | None,
     ) -> None:
-        path = self.checkpoint_path(state.server_round)
+        path, clock = self.checkpoint_path(state.server_round), PhaseClock("checkpoint")
         sha256 = save_state(path, state)
         with self._transaction():
             if experiment is not None:
@@ -218,26 +255,28 @@ class RunStore:
                  path.name, sha256, digest(state.weights)),
             )  # fmt: skip
             self._write_updates(report)
+            self._write_phases(state.server_round, report.phases)
             for server_round, by_site in metrics.items():
                 self._write_metrics(server_round, by_site)
             reach("store-written")
         reach("store-committed")
+        self._write_phases(state.server_round, clock.seconds())  # known only now; if a crash comes first, it never is
         self._prune(state.server_round)
         reach("checkpoints-pruned")
 
     def _write_updates(self, report: RoundReport) -> None:
-        insert = "INSERT INTO updates VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+        insert = "INSERT INTO updates VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
         for update in report.accepted:
             self._notice_changed_data(report.server_round, update)
             self._db.execute(
                 insert,
                 (self.run, report.server_round, update.site, "accepted", None, update.num_cases, update.norm,
                  update.num_bytes, update.seconds, json.dumps(dict(update.training)), json.dumps(dict(update.quarantined)),
-                 update.manifest),
+                 update.manifest, update.cosine),
             )  # fmt: skip
         for failure in report.failures:
             values = (self.run, report.server_round, failure.site, failure.kind, failure.reason)
-            self._db.execute(insert, (*values, None, None, None, None, None, None, None))
+            self._db.execute(insert, (*values, None, None, None, None, None, None, None, None))
 
     def _notice_changed_data(self, server_round: int, update: AcceptedUpdate) -> None:
         """A site whose data manifest has another digest than in its last round trains on other data."""
@@ -259,6 +298,12 @@ class RunStore:
                 [(self.run, server_round, site, name, value) for name, value in values.items()],
             )
 
+    def _write_phases(self, server_round: int, phases: Mapping[Phase, float]) -> None:
+        self._db.executemany(
+            "INSERT OR REPLACE INTO phases VALUES (?, ?, ?, ?)",
+            [(self.run, server_round, phase, seconds) for phase, seconds in phases.items()],
+        )
+
     def _newest_readable_state(self) -> ServerState:
         query = (
             "SELECT server_round, checkpoint, checkpoint_sha256 FROM rounds WHERE run = ? ORDER BY server_round DESC"
@@ -279,7 +324,7 @@ class RunStore:
 
     def _go_back_to(self, server_round: int, problem: str) -> None:
         with self._transaction():
-            for table in ("rounds", "updates"):
+            for table in ("rounds", "updates", "phases"):
                 self._db.execute(f"DELETE FROM {table} WHERE run = ? AND server_round > ?", (self.run, server_round))
             self._db.execute("DELETE FROM metrics WHERE run = ? AND server_round >= ?", (self.run, server_round))
             self._db.execute("UPDATE runs SET finished = NULL WHERE run = ?", (self.run,))

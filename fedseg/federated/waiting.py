@@ -1,4 +1,4 @@
-"""Whom a round is waiting for: a small file beside the run store, for those who watch.
+"""What a round is doing and whom it is waiting for: a small file beside the run store, for those who watch.
 
 Nothing depends on it. It is renamed into place, so that nobody reads half of it, but not synced: a round that a crash has ended
 waits for nobody.
@@ -9,8 +9,10 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
+from fedseg.federated.phases import PHASES, Phase
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Waiting:
     asked: tuple[str, ...]
     missing: tuple[str, ...]
     """Sites that have not answered yet."""
+    phase: Phase = "wait"
 
 
 class WaitingFile:
@@ -41,20 +44,26 @@ class WaitingFile:
         self._now: Waiting | None = None
 
     def begin(self, server_round: int, asked: Sequence[str], attempt: int = 1, *, closing: bool = False) -> None:
-        """Sites have been asked."""
-        self._now = Waiting(server_round, closing, attempt, time.time(), tuple(asked), tuple(asked))
+        """Sites are asked."""
+        phase: Phase = "evaluate" if closing else "broadcast"
+        self._now = Waiting(server_round, closing, attempt, time.time(), tuple(asked), tuple(asked), phase)
         self._write()
+
+    def enter(self, phase: Phase) -> None:
+        """Another phase begins."""
+        if self._now is not None:
+            self._now = replace(self._now, phase=phase)
+            self._write()
 
     def answered(self, site: str) -> None:
         """A site has answered, whatever it said."""
         if self._now is None or site not in self._now.missing:
             return
-        missing = tuple(name for name in self._now.missing if name != site)
-        self._now = Waiting(**vars(self._now) | {"missing": missing})
+        self._now = replace(self._now, missing=tuple(name for name in self._now.missing if name != site))
         self._write()
 
     def end(self) -> None:
-        """Nobody is waited for any more."""
+        """The round has ended."""
         self._now = None
         with contextlib.suppress(OSError):
             self._path.unlink(missing_ok=True)
@@ -69,7 +78,7 @@ class WaitingFile:
 
 
 def waiting_path(directory: Path, run: str) -> Path:
-    """Where a run says whom it is waiting for.
+    """Where a run says what it is doing.
 
     Args:
         directory: of the run store.
@@ -91,6 +100,6 @@ def read_waiting(directory: Path, run: str) -> Waiting | None:
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
     numbers = (waiting.server_round, waiting.attempt, waiting.since)
-    if not all(isinstance(value, int | float) and math.isfinite(value) for value in numbers):
+    if waiting.phase not in PHASES or not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers):
         return None
     return waiting if all(isinstance(name, str) for name in waiting.asked + waiting.missing) else None

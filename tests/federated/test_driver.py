@@ -160,6 +160,45 @@ def test_answers_that_nobody_asked_for_do_not_count(tmp_path):
     assert [row["site"] for row in unasked] == [*SITES, "stranger"]
 
 
+@pytest.mark.parametrize("aggregate", ["mean", "median", "trimmed-mean"])
+def test_every_update_is_kept_with_its_cosine_to_the_joint_one_over_parameters_only(tmp_path, aggregate):
+    updates = {}
+
+    def change(site, instructions, answer):
+        if instructions.train:
+            answer = with_delta(answer, **{"norm.running_var": 1e3 * answer.delta["norm.running_var"]})
+            updates[site] = answer
+        return answer
+
+    experiment = toy_experiment(rounds=1, aggregate=aggregate, trim=0.34)
+    final = run_toy(experiment, tmp_path, changed_fleet(change))
+    start = toy_state(experiment)
+    names = sorted(start.weights.keys() - start.buffers)
+
+    def flat(weights):
+        return np.concatenate([weights[name].reshape(-1) for name in names]).astype(float)
+
+    joint = flat(final.weights) - flat(start.weights)
+    kept = rows(tmp_path, "SELECT site, cosine FROM updates ORDER BY site")
+    for row in kept:
+        delta = flat(updates[row["site"]].delta)
+        exact = delta @ joint / np.linalg.norm(delta) / np.linalg.norm(joint)
+        assert row["cosine"] == pytest.approx(exact, abs=0.05)
+    assert len({row["cosine"] for row in kept}) == 3
+
+
+def test_a_site_that_pulls_the_other_way_has_a_negative_cosine_and_one_that_stands_still_has_none(tmp_path):
+    def change(site, instructions, answer):
+        factor = {"A": 1, "B": -0.1, "C": 0}[site]
+        base = toy_update("A", instructions).delta
+        return with_delta(answer, **{name: np.float32(factor) * array for name, array in base.items()})
+
+    run_toy(toy_experiment(rounds=1, weighting="uniform"), tmp_path, changed_fleet(change))
+    kept = [row["cosine"] for row in rows(tmp_path, "SELECT cosine FROM updates ORDER BY site")]
+    assert kept[:2] == pytest.approx([1, -1])
+    assert kept[2] is None
+
+
 def test_a_round_below_the_quorum_is_repeated_and_ends_as_if_it_had_worked_at_once(tmp_path):
     experiment = toy_experiment(min_sites=3)
     calls = []

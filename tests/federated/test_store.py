@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from fedseg.errors import StoreError
+from fedseg.federated.messages import SiteFailure
 from fedseg.federated.store import CHECKPOINTS_KEPT, RunStore
 from fedseg.federated.weights import digest
 from tests.federated.toys import changed_fleet, history, rows, run_toy, same, toy_experiment, toy_state
@@ -141,7 +142,7 @@ def test_a_store_of_a_later_release_is_refused(tmp_path):
     database = sqlite3.connect(tmp_path / "store.sqlite")
     database.execute("PRAGMA user_version = 99")
     database.close()
-    with pytest.raises(StoreError, match="version 99 is not 2"):
+    with pytest.raises(StoreError, match="version 99 is not 3"):
         RunStore(tmp_path)
 
 
@@ -173,11 +174,92 @@ def test_changed_data_of_a_site_are_noticed_once(tmp_path, caplog):
     assert "the data of B have changed" in caplog.text
 
 
+TO_VERSION_2 = "ALTER TABLE updates DROP COLUMN cosine; DROP TABLE phases; DROP TABLE requests; PRAGMA user_version = 2"
+
+
+def test_a_store_from_before_phases_and_cosines_is_taken_over_and_its_run_goes_on(tmp_path):
+    experiment = toy_experiment(rounds=3)
+    run_toy(experiment, tmp_path / "undisturbed")
+
+    def interrupt(site, instructions, answer):
+        if instructions.server_round == 3:
+            raise InterruptedError
+        return answer
+
+    with pytest.raises(InterruptedError):
+        run_toy(experiment, tmp_path / "old", changed_fleet(interrupt))
+    with closing(sqlite3.connect(tmp_path / "old" / "store.sqlite")) as database:
+        database.executescript(TO_VERSION_2)
+    run_toy(experiment, tmp_path / "old", resume=True)
+    kept = rows(tmp_path / "old", "SELECT server_round, count(cosine) AS n FROM updates GROUP BY server_round")
+    assert [row["n"] for row in kept] == [0, 0, 3]
+    phases = rows(tmp_path / "old", "SELECT DISTINCT server_round FROM phases")
+    assert [row["server_round"] for row in phases] == [3]
+    for table in ("rounds", "metrics"):
+        assert history(tmp_path / "old")[table] == history(tmp_path / "undisturbed")[table]
+    assert rows(tmp_path / "old", "PRAGMA user_version") == [{"user_version": 3}]
+
+
+def test_a_store_is_taken_over_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
+    RunStore(tmp_path).close()
+    with closing(sqlite3.connect(tmp_path / "store.sqlite")) as database:
+        database.executescript(TO_VERSION_2)
+    with monkeypatch.context() as broken:
+        broken.setattr("fedseg.federated.store.SCHEMA", "CREATE TABLE IF NOT EXISTS half (x); broken")
+        with pytest.raises(StoreError, match="syntax error"):
+            RunStore(tmp_path)
+    with closing(sqlite3.connect(tmp_path / "store.sqlite")) as database:
+        assert database.execute("PRAGMA user_version").fetchone() == (2,)
+    RunStore(tmp_path).close()
+    assert rows(tmp_path, "SELECT cosine FROM updates") == rows(tmp_path, "SELECT * FROM requests") == []
+
+
+def test_phases_of_a_round_add_up_to_it_and_the_checkpoint_is_written_down_after_its_commit(tmp_path):
+    run_toy(toy_experiment(rounds=2), tmp_path)
+    found = {}
+    for row in rows(tmp_path, "SELECT * FROM phases"):
+        found.setdefault(row["server_round"], {})[row["phase"]] = row["seconds"]
+    assert {number: set(phases) for number, phases in found.items()} == {
+        0: {"checkpoint"},
+        1: {"broadcast", "wait", "aggregate", "checkpoint"},
+        2: {"broadcast", "wait", "aggregate", "evaluate", "checkpoint"},
+    }
+    for number in (1, 2):
+        (round_,) = rows(tmp_path, f"SELECT seconds FROM rounds WHERE server_round = {number}")
+        during = sum(found[number][phase] for phase in ("broadcast", "wait", "aggregate"))
+        assert during == pytest.approx(round_["seconds"], abs=1e-9)
+    assert all(seconds >= 0 for phases in found.values() for seconds in phases.values())
+
+
+def test_a_round_that_is_gone_back_on_takes_its_phases_along(tmp_path):
+    experiment = toy_experiment()
+    run_toy(experiment, tmp_path)
+    spoil(tmp_path / "checkpoints" / "federated-round-0003.safetensors")
+    store = RunStore(tmp_path)
+    assert store.resume(experiment).server_round == 2
+    assert store.rows("SELECT max(server_round) AS last FROM phases") == [{"last": 2}]
+    store.close()
+
+
+def test_every_request_is_counted_with_what_it_carried(tmp_path):
+    calls = []
+
+    def change(site, instructions, answer):
+        calls.append(site)
+        return SiteFailure("A", 1, "failed", "OSError") if calls == ["A"] else answer
+
+    run_toy(toy_experiment(rounds=2, min_sites=3), tmp_path, changed_fleet(change))
+    kept = rows(tmp_path, "SELECT server_round, site, bytes FROM requests ORDER BY rowid")
+    asked = [(number, site) for number in (1, 1, 2, 3) for site in "ABC"]  # a repetition; and the closing evaluation
+    assert [(row["server_round"], row["site"]) for row in kept] == asked
+    assert {row["bytes"] for row in kept} == {184}
+
+
 def test_a_store_from_before_data_manifests_is_taken_over(tmp_path):
     experiment = toy_experiment(rounds=2)
     run_toy(experiment, tmp_path)
     with closing(sqlite3.connect(tmp_path / "store.sqlite")) as database:
-        database.executescript("ALTER TABLE updates DROP COLUMN manifest; PRAGMA user_version = 1")
+        database.executescript(f"{TO_VERSION_2}; ALTER TABLE updates DROP COLUMN manifest; PRAGMA user_version = 1")
     store = RunStore(tmp_path)
     assert store.resume(experiment).server_round == 2
     assert {row["manifest"] for row in store.rows("SELECT manifest FROM updates")} == {None}

@@ -123,7 +123,7 @@ def history(output: Path):
     """Everything in a run store that does not depend on the clock."""
     tables = {
         "rounds": "server_round, attempts, asked, checkpoint, checkpoint_sha256, weights_sha256",
-        "updates": "server_round, site, status, reason, num_cases, norm, bytes, training, quarantined",
+        "updates": "server_round, site, status, reason, num_cases, norm, bytes, training, quarantined, cosine",
         "metrics": "server_round, site, name, value",
         "runs": "run, name, experiment, digest, finished IS NOT NULL AS finished",
     }
