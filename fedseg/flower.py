@@ -234,39 +234,43 @@ class FlowerFleet:
     def exchange(
         self, instructions: RoundInstructions, sites: Sequence[str], deadline: float | None
     ) -> Iterator[Answer]:
-        """Send instructions and yield the answers as they arrive; those missing at the deadline are late."""
+        """Send instructions, then return the answers as they arrive; those missing at the deadline are late."""
         begun, server_round = time.monotonic(), instructions.server_round
         asked = {site: self._nodes[site] for site in sites if site in self._nodes}
         ttl = TTL if deadline is None else deadline + CLOCK_SLACK
         kind, content = "train" if instructions.train else "evaluate", pack_instructions(instructions)
         pushed = dict.fromkeys(asked, time.time())
         pending = {message_id: site for site, message_id in self._push(content, kind, asked, ttl).items()}
-        for site in sorted(set(sites) - set(pending.values())):
-            yield SiteFailure(site, server_round, "failed", "NotReached")
-        pauses = _pauses()
-        while pending:
-            self._check()
-            for message_id, message in self._pull(list(pending)):
-                pauses = _pauses()
-                answer = read_answer(message, pending.pop(message_id), server_round)
-                if isinstance(answer, SiteFailure) and answer.reason == "WrongName":
-                    self._forget(asked[answer.site])
-                yield answer
-            remaining = TTL if deadline is None else begun + deadline - time.monotonic()
-            if remaining <= 0:
-                break
-            for message_id, site in self._lost(pending, asked, pushed):
-                told, about = (server_round, site), {"round": server_round, "site": site}
-                log.warning("round %d: the gate of %s was started anew; it is asked again", *told, extra=about)
-                del pending[message_id]
-                pushed[site] = time.time()
-                again = self._push(content, kind, {site: asked[site]}, ttl)
-                pending |= {new: label for label, new in again.items()}
-                if not again:
-                    yield SiteFailure(site, server_round, "failed", "NotReached")
-            if pending:
-                time.sleep(min(next(pauses), remaining))
-        yield from (SiteFailure(site, server_round, "late", "deadline") for site in sorted(pending.values()))
+
+        def answers() -> Iterator[Answer]:
+            for site in sorted(set(sites) - set(pending.values())):
+                yield SiteFailure(site, server_round, "failed", "NotReached")
+            pauses = _pauses()
+            while pending:
+                self._check()
+                for message_id, message in self._pull(list(pending)):
+                    pauses = _pauses()
+                    answer = read_answer(message, pending.pop(message_id), server_round)
+                    if isinstance(answer, SiteFailure) and answer.reason == "WrongName":
+                        self._forget(asked[answer.site])
+                    yield answer
+                remaining = TTL if deadline is None else begun + deadline - time.monotonic()
+                if remaining <= 0:
+                    break
+                for message_id, site in self._lost(pending, asked, pushed):
+                    told, about = (server_round, site), {"round": server_round, "site": site}
+                    log.warning("round %d: the gate of %s was started anew; it is asked again", *told, extra=about)
+                    del pending[message_id]
+                    pushed[site] = time.time()
+                    again = self._push(content, kind, {site: asked[site]}, ttl)
+                    pending.update({new: label for label, new in again.items()})
+                    if not again:
+                        yield SiteFailure(site, server_round, "failed", "NotReached")
+                if pending:
+                    time.sleep(min(next(pauses), remaining))
+            yield from (SiteFailure(site, server_round, "late", "deadline") for site in sorted(pending.values()))
+
+        return answers()
 
     def _lost(
         self, pending: Mapping[str, str], asked: Mapping[str, int], pushed: Mapping[str, float]

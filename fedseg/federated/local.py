@@ -100,27 +100,31 @@ class WorkerFleet:
         """Spread the sites over the workers; a worker that is busy at the deadline is ended and replaced."""
         end = None if deadline is None else time.monotonic() + deadline
         size, waiting = self._instructions.write(*instructions.buffers()), list(sites)
-        for worker in self._workers:
-            worker.briefed = False
-        try:
-            self._assign(waiting, size)
-            while busy := [worker for worker in self._workers if worker.site is not None]:
-                left = None if end is None else max(0.0, end - time.monotonic())
-                ready = wait([worker.pipe for worker in busy], left)
-                if not ready:
-                    break
-                for worker in busy:
-                    if worker.pipe in ready:
-                        answer = self._receive(worker, instructions.server_round)
-                        if end is None or time.monotonic() < end:
-                            self._assign(waiting, size)
-                        yield answer
-            late = [worker.site for worker in self._workers if worker.site is not None] + waiting
-            yield from (SiteFailure(site, instructions.server_round, "late", "deadline") for site in sorted(late))
-        finally:
-            for worker in list(self._workers):
-                if worker.site is not None:
-                    self._replace(worker)
+
+        def answers() -> Iterator[Answer]:
+            for worker in self._workers:
+                worker.briefed = False
+            try:
+                self._assign(waiting, size)
+                while busy := [worker for worker in self._workers if worker.site is not None]:
+                    left = None if end is None else max(0.0, end - time.monotonic())
+                    ready = wait([worker.pipe for worker in busy], left)
+                    if not ready:
+                        break
+                    for worker in busy:
+                        if worker.pipe in ready:
+                            answer = self._receive(worker, instructions.server_round)
+                            if end is None or time.monotonic() < end:
+                                self._assign(waiting, size)
+                            yield answer
+                late = [worker.site for worker in self._workers if worker.site is not None] + waiting
+                yield from (SiteFailure(site, instructions.server_round, "late", "deadline") for site in sorted(late))
+            finally:
+                for worker in list(self._workers):
+                    if worker.site is not None:
+                        self._replace(worker)
+
+        return answers()
 
     def close(self) -> None:
         """End the workers."""
