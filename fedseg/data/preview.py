@@ -58,11 +58,11 @@ def _draw_case(row: Any, case: Case) -> None:
     if label.shape != image.shape:
         label = np.zeros(image.shape, dtype=np.uint8)
     low, high = _SOFT_TISSUE if image.min() < -500 else np.quantile(image, [0.01, 0.995])
-    at = _middle(label)
+    at = middle(label)
     for axis, (number, plane) in zip(row, enumerate(("axial", "coronal", "sagittal")), strict=True):
-        section, contour = _section(image, number, at[number]), _section(label, number, at[number])
+        view, contour = section(image, number, at[number]), section(label, number, at[number])
         axis.imshow(
-            section, cmap="gray", vmin=low, vmax=high, aspect=_aspect(volume.spacing, number), interpolation="bilinear"
+            view, cmap="gray", vmin=low, vmax=high, aspect=aspect(volume.spacing, number), interpolation="bilinear"
         )
         for value in np.unique(contour[contour > 0]):
             colour = _COLOURS[(int(value) - 1) % len(_COLOURS)]
@@ -70,7 +70,7 @@ def _draw_case(row: Any, case: Case) -> None:
         axis.text(0.02, 0.02, plane, color="#aaaaaa", fontsize=6, transform=axis.transAxes)
 
 
-def _middle(label: NDArray[Any]) -> tuple[int, int, int]:
+def middle(label: NDArray[Any]) -> tuple[int, int, int]:
     """Along each axis the section that shows most structures, then most of them."""
     best = []
     for axis in range(3):
@@ -81,10 +81,12 @@ def _middle(label: NDArray[Any]) -> tuple[int, int, int]:
     return (best[0], best[1], best[2])
 
 
-def _section(array_DHW: NDArray[Any], axis: int, index: int) -> NDArray[Any]:
+def section(array_DHW: NDArray[Any], axis: int, index: int) -> NDArray[Any]:
+    """A section as radiologists look at it: head or front up, the patient's right at left."""
     return np.asarray(np.take(array_DHW, index, axis=axis)[::-1, ::-1])
 
 
-def _aspect(spacing: Spacing, axis: int) -> float:
+def aspect(spacing: Spacing, axis: int) -> float:
+    """Height of a voxel over its width in such a section."""
     vertical, horizontal = [mm for other, mm in enumerate(spacing) if other != axis]
     return vertical / horizontal

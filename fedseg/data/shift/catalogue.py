@@ -54,33 +54,35 @@ EFFECTS: dict[str, Effect] = {
     ),
     "orientation": Effect("geometry", (1, 2, 3, 4, 5), (1, 5), "number of the frame", "axes stored in another order"),
     "field-of-view": Effect(
-        "geometry", (0.95, 0.9, 0.85, 0.8, 0.7), (0.1, 1), "share kept of each side", "a tight box"
+        "geometry", (0.97, 0.93, 0.9, 0.85, 0.8), (0.1, 1), "share kept of each side", "a tight box"
     ),
     "pose": Effect(
-        "geometry", (4, 8, 12, 16, 20), (0, 45), "degrees, and fifths of a voxel", "a patient who lies askew"
+        "geometry", (8, 15.5, 22, 30, 38), (0, 45), "degrees, and fifths of a voxel", "a patient who lies askew"
     ),
-    "thick-slices": Effect("resolution", (2, 3, 4, 5, 6), (1, 20), "voxels per slice", "thick slices along one axis"),
-    "low-resolution": Effect("resolution", (1.5, 2, 2.5, 3, 4), (1, 20), "voxels per voxel", "a coarse matrix"),
+    "thick-slices": Effect(
+        "resolution", (2.5, 4.5, 7, 10, 15), (1, 20), "voxels per slice", "thick slices along one axis"
+    ),
+    "low-resolution": Effect("resolution", (1.2, 2, 3.6, 4.7, 5.8), (1, 20), "voxels per voxel", "a coarse matrix"),
     "blur": Effect(
-        "resolution", (0.8, 1, 1.2, 1.6, 2.2), (0, 10), "voxels, standard deviation", "a soft kernel, lost focus"
+        "resolution", (0.65, 1, 1.8, 2.45, 3.1), (0, 10), "voxels, standard deviation", "a soft kernel, lost focus"
     ),
     "gamma-bright": Effect(
-        "contrast", (1.3, 1.6, 2, 2.5, 3.3), (1, 10), "root that is taken", "dark tissue turned up", _MR
+        "contrast", (2.2, 3.5, 5, 7, 10), (1, 10), "root that is taken", "dark tissue turned up", _MR
     ),
     "gamma-dark": Effect(
-        "contrast", (1.3, 1.6, 2, 2.5, 3.3), (1, 10), "power that is taken", "dark tissue turned down", _MR
+        "contrast", (1.55, 2.1, 3.1, 5.8, 10), (1, 10), "power that is taken", "dark tissue turned down", _MR
     ),
     "contrast-curve": Effect(
         "contrast",
-        (0.2, 0.4, 0.6, 0.8, 1),
-        (0, 1),
-        "bend, 1 is flat in places",
+        (1, 1.35, 1.65, 1.93, 2.2),
+        (0, 5),
+        "bend: at 1 flat in places, then falling",
         "another field strength or echo time",
         _MR,
     ),
     "contrast-reversal": Effect(
         "contrast",
-        (0.1, 0.2, 0.3, 0.4, 1),
+        (0.06, 0.09, 0.12, 0.18, 1),
         (0, 1),
         "share of voxels reversed, the darkest",
         "T1 weighting becomes T2 weighting",
@@ -88,7 +90,7 @@ EFFECTS: dict[str, Effect] = {
     ),
     "bias-field": Effect(
         "shading",
-        (0.05, 0.1, 0.15, 0.2, 0.3),
+        (0.14, 0.2, 0.28, 0.38, 0.48),
         (0, 2),
         "standard deviation of the log gain",
         "a surface coil, a high field",
@@ -96,24 +98,34 @@ EFFECTS: dict[str, Effect] = {
     ),
     "motion": Effect(
         "artefact",
-        (0.5, 1, 1.5, 2, 3),
+        (0.9, 1.8, 3.5, 7, 11),
         (0, 30),
         "voxels moved, and degrees",
         "a patient who moves twice during the scan",
         _MR,
     ),
     "ghosting": Effect(
-        "artefact", (0.3, 0.6, 0.9, 1.2, 1.6), (0, 5), "share taken off every fourth line", "breathing, pulse", _MR
+        "artefact",
+        (0.8, 1.4, 2, 2.7, 3.7),
+        (0, 5),
+        "times the signal taken off every fourth line",
+        "breathing, pulse",
+        _MR,
     ),
     "spike": Effect(
-        "artefact", (0.1, 0.2, 0.3, 0.5, 0.8), (0, 10), "stripes' height in mean signals", "a spark, a loose cable", _MR
+        "artefact",
+        (0.15, 0.21, 0.29, 0.38, 0.48),
+        (0, 10),
+        "stripes' height in mean signals",
+        "a spark, a loose cable",
+        _MR,
     ),
     "gibbs": Effect(
-        "artefact", (0.4, 0.5, 0.6, 0.7, 0.8), (0, 0.98), "share of k-space cut off", "too few lines: ringing", _MR
+        "artefact", (0.45, 0.6, 0.7, 0.76, 0.82), (0, 0.98), "share of k-space cut off", "too few lines: ringing", _MR
     ),
     "noise": Effect(
         "noise",
-        (0.03, 0.06, 0.1, 0.15, 0.25),
+        (0.12, 0.18, 0.26, 0.38, 0.52),
         (0, 5),
         "share of bright tissue (Rician)",
         "low field, fast protocol",
@@ -123,15 +135,15 @@ EFFECTS: dict[str, Effect] = {
         "storage", (0.1, 0.2, 0.4, 0.8, 1.6), (0, 10), "largest change of scale and offset", "other units", _MR
     ),
     "clipping": Effect(
-        "storage", (0.02, 0.05, 0.1, 0.15, 0.25), (0, 0.49), "share of voxels at each end", "a saturated receiver", _MR
+        "storage", (0.08, 0.13, 0.19, 0.3, 0.48), (0, 0.49), "share of voxels at each end", "a saturated receiver", _MR
     ),
-    "grey-levels": Effect("storage", (64, 32, 16, 8, 4), (2, 65536), "grey levels", "storage in few bits", _MR),
+    "grey-levels": Effect("storage", (15, 12, 9, 7, 5), (2, 65536), "grey levels", "storage in few bits", _MR),
     "sharp-kernel": Effect(
         "resolution", (0.5, 1, 2, 3, 5), (0, 20), "times the fine detail, added", "a bone kernel", _CT
     ),
     "metal": Effect(
         "artefact",
-        (50, 100, 200, 350, 600),
+        (10, 25, 50, 100, 200),
         (0, 5000),
         "HU of the streaks",
         "an implant: streaks and a bright insert",
@@ -160,7 +172,7 @@ EFFECTS: dict[str, Effect] = {
 HABITS: dict[str, Habit] = {
     "generous": Habit((0.03, 0.07, 0.12, 0.18, 0.25), (0, 1), "share of volume added", "outlines outside the border"),
     "tight": Habit((0.03, 0.07, 0.12, 0.18, 0.25), (0, 0.9), "share of volume left out", "outlines inside the border"),
-    "unsteady": Habit((0.1, 0.2, 0.3, 0.4, 0.6), (0, 3), "roughness", "a quick hand: the border wobbles"),
+    "unsteady": Habit((0.3, 0.6, 1, 1.6, 2.5), (0, 3), "roughness", "a quick hand: the border wobbles"),
     "moved-face": Habit(
         (1, 1.5, 2, 3, 4), (0, 50), "voxels", "another rule for where one structure ends and the next begins"
     ),

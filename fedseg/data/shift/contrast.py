@@ -24,7 +24,7 @@ def gamma_dark(image: Field3D, power: float, _: Draw) -> Field3D:
 
 
 def contrast_curve(image: Field3D, bend: float, draw: Draw) -> Field3D:
-    """The site's own curve of intensities: two waves of random phase, rising everywhere, flat in places where `bend` is 1."""
+    """The site's own curve of intensities, of two waves: flat in places where `bend` is 1, falling there above."""
     phases, waves = draw.site.uniform(0, 2 * np.pi, 2), np.array([1.0, 2.0])
     level = image[..., None] * (2 * np.pi * waves) + phases
     ripple = (np.cos(level) - np.cos(phases)) / (2 * np.pi * waves)

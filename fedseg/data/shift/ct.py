@@ -28,14 +28,14 @@ def metal(image: Field3D, height: float, draw: Draw) -> Field3D:
     """
     depth, rows, columns = image.shape
     reach = min(rows, columns)
-    radius = max(1.0, 0.03 * reach)
+    radius, width = max(1.0, 0.03 * reach), max(0.6, 0.01 * reach)
     away, around = draw.case.uniform(0.1, 0.3) * reach, draw.case.uniform(0, 2 * np.pi)
     y, x = np.mgrid[:rows, :columns].astype(np.float32)
     y -= (rows - 1) / 2 + away * np.sin(around)
     x -= (columns - 1) / 2 + away * np.cos(around)
     streaks = np.zeros((rows, columns), dtype=np.float32)
     for angle, error in zip(np.arange(ANGLES) * np.pi / ANGLES, draw.case.normal(size=ANGLES), strict=True):
-        offset = np.square((x * np.cos(angle) + y * np.sin(angle)) / radius)
+        offset = np.square((x * np.cos(angle) + y * np.sin(angle)) / width)
         streaks += np.float32(error) * (1 - offset) * np.exp(-offset / 2)  # what a ramp filter makes of a narrow shadow
     far = np.hypot(x, y)
     streaks *= height / max(float(streaks[far > 2 * radius].std()), 1e-12)

@@ -26,13 +26,13 @@ def motion(image: Field3D, amount: float, draw: Draw) -> Field3D:
     spectrum = fft.fftn(image)
     for early in (True, False):
         moved = fft.fftn(_move(image, amount, draw.case))
-        onset = draw.case.uniform(0.04, 0.12)
+        onset = draw.case.uniform(0.02, 0.08)
         spectrum = np.where((before == early) & (frequency > onset), moved, spectrum)
     return _magnitude(fft.ifftn(spectrum))
 
 
 def ghosting(image: Field3D, share: float, draw: Draw) -> Field3D:
-    """Every fourth line of k-space has lost `share` of its signal, the middle one excepted."""
+    """Every fourth line of k-space has lost `share` times its signal, the middle one excepted; above 1 its sign is turned."""
     axis = draw.pick_axis()
     place = np.rint(_signed(image.shape[axis]) * image.shape[axis]).astype(int)
     lines = np.where((place % GHOST_EVERY == 0) & (place != 0), 1 - share, 1)

@@ -20,7 +20,7 @@ class _Dose(Section):
 
     name: str
     severity: Annotated[int, Field(ge=1, le=5)] | None = None
-    """1 (slight) to 5 (destructive), as calibrated; see `fedseg data shift --list`."""
+    """1 (slight) to 5 (destructive), as calibrated; see `fedseg data effects`."""
     strength: FiniteFloat | None = None
     """Instead of a severity: a number in the effect's own unit."""
     probability: Fraction = 1.0
@@ -46,7 +46,7 @@ class _Dose(Section):
 
 
 class Effect(_Dose):
-    """One effect of a scanner; `fedseg data shift --list` lists the names."""
+    """One effect of a scanner; `fedseg data effects` lists the names."""
 
     axis: Literal["auto", "D", "H", "W"] = "auto"
     """Axis of slices or of phase encoding, or the only one with larger voxels; `auto`: drawn once for the site."""
@@ -88,7 +88,7 @@ class ScannerProfile(Section):
 
 
 class Habit(_Dose):
-    """One habit of an annotator; `fedseg data shift --list` lists the names."""
+    """One habit of an annotator; `fedseg data effects` lists the names."""
 
     structures: tuple[PositiveInt, ...] = ()
     """Label values that it is about; empty: all."""
@@ -178,6 +178,22 @@ class Shift(Section):
     def for_scoring(self) -> "Shift":
         """The same hospital, with references as they are unless asked otherwise."""
         return self if self.annotate_references else self.model_copy(update={"annotator": None})
+
+
+def require_name(name: str) -> str:
+    """The name, if it is that of an effect or a habit.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    known = [*catalogue.EFFECTS, *catalogue.HABITS]
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        raise ConfigError(
+            f"no effect or habit {name!r}; "
+            + (f"did you mean {near[0]!r}" if near else f"there are {', '.join(known)}")
+        )
+    return name
 
 
 def single_effect(name: str, severity: int) -> ScannerProfile:
