@@ -345,7 +345,10 @@ def _show(found: dict[str, Any], console: "Console") -> None:
     of = "" if found["of"] is None else f" of {found['of']}"
     console.print(f"[bold]{escape(found['study'])}[/]: {state}, round {found['rounds']}{of}")
     if found["problem"]:
-        console.print(f"[yellow]last trouble:[/] {escape(found['problem'])}", soft_wrap=True)
+        since = found.get("problem_began")  # a status of an earlier release does not say
+        when = f" since {datetime.fromtimestamp(since):%Y-%m-%d %H:%M:%S}" if since else ""
+        title = f"[dim]trouble{when}, over now:[/]" if found.get("problem_over") else f"[yellow]trouble{when}:[/]"
+        console.print(f"{title} {escape(found['problem'])}", soft_wrap=True)
     restarts = ", ".join(f"{name} {count}" for name, count in found["restarts"].items() if count)
     if restarts:
         console.print(f"started again: {restarts}")

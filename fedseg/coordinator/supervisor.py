@@ -39,6 +39,8 @@ ADMIT_SECONDS = 2.0
 """Between two looks at the list of sites and at who is connected."""
 PAUSES = (1.0, 60.0)
 """Shortest and longest wait before something that ended is started again without having got further."""
+WELL_SECONDS = 30.0
+"""A trouble is over when everything has been running for so long; one that lasts is noticed again more often than that."""
 START_SECONDS = 120.0
 """How long the SuperLink may take until it answers."""
 
@@ -113,6 +115,9 @@ class Supervisor:
     _control: Control | None = None
     _run_id: int | None = None
     _problem: str = ""
+    _problem_began: float | None = None
+    _problem_seen: float = 0.0
+    _problem_over: bool = False
     _look_at_sites: float = 0.0
     _look_at_run: float = 0.0
     _fence_files: tuple[float, ...] = ()
@@ -147,6 +152,7 @@ class Supervisor:
                     if self._step(bundle):
                         self._write_status("finished")
                         return True
+                    self._notice_recovery()
                     self._write_status("running")
                     self.stop.wait(LOOK_SECONDS)
                 return False
@@ -345,9 +351,17 @@ class Supervisor:
         self.tell(text)
 
     def _trouble(self, problem: str) -> None:
-        if problem != self._problem:
-            self._problem = problem
+        self._problem_seen = time.monotonic()
+        if problem != self._problem or self._problem_over:
+            self._problem, self._problem_began, self._problem_over = problem, time.time(), False
             self._say(problem, logging.WARNING)
+
+    def _notice_recovery(self) -> None:
+        fenced = not self.plan.fence or (self._fence is not None and self._fence.poll() is None)
+        if not (fenced and self._control is not None and self._run_id is not None):
+            self._problem_seen = time.monotonic()
+        elif time.monotonic() - self._problem_seen > WELL_SECONDS:
+            self._problem_over = True
 
     def _write_status(self, state: str) -> None:
         document = {
@@ -361,6 +375,8 @@ class Supervisor:
             "rounds": rounds_done(self.plan.run_directory),
             "restarts": self._restarts,
             "problem": self._problem,
+            "problem_began": self._problem_began,
+            "problem_over": self._problem_over or state == "finished",
         }
         path = self.plan.state / "status.json"
         aside = path.with_name(".status.json.part")
