@@ -38,7 +38,9 @@ def show(directory: RunDirectory, run: RunName = "federated") -> None:
     from fedseg.coordinator.history import rounds_of, sparkline
 
     console, stories = Console(highlight=False), rounds_of(directory, run)
-    table = Table("round", "sites", "cases", "loss", "Dice", "worst site", "MB", "seconds", "what went wrong")
+    table = Table(
+        "round", "sites", "cases", "loss", "Dice", "worst site", "lowest cosine", "MB", "seconds", "what went wrong"
+    )
     for story in stories:
         loss, dice, worst = (
             f"{value:.3f}" if value is not None else "" for value in (story.loss, story.dice, story.worst)
@@ -51,6 +53,7 @@ def show(directory: RunDirectory, run: RunName = "federated") -> None:
             loss,
             dice,
             worst,
+            f"{story.cosine:.2f} {story.farthest}" if story.cosine is not None else "",
             f"{story.megabytes:.1f}",
             f"{story.seconds:.1f}",
             ", ".join(story.failures),

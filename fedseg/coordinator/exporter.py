@@ -19,10 +19,12 @@ from prometheus_client.registry import Collector
 
 from fedseg import __version__
 from fedseg.coordinator.page import places
-from fedseg.coordinator.state import Store, reader
+from fedseg.coordinator.state import Store, is_locked, reader
 from fedseg.coordinator.web import watching_app
 from fedseg.endpoint import Endpoint, listen
 from fedseg.federated.messages import SiteFailure
+from fedseg.federated.phases import PHASES
+from fedseg.federated.waiting import read_waiting
 
 Kind = Literal["gauge", "counter"]
 
@@ -57,8 +59,19 @@ CATALOGUE: dict[str, Series] = {
             "fedseg_run_resumes", "counter", ("run",), "How often the run went on after it had ended before its time."
         ),
         Series("fedseg_round_repeats", "counter", ("run",), "Attempts at rounds that missed the quorum."),
+        Series("fedseg_round_current", "gauge", ("run",), "Round that is being run; 0 when nobody runs the run."),
+        Series("fedseg_round_phase", "gauge", ("run", "phase"), "1 for what the round is doing now; 0 for all else."),
         Series(
-            "fedseg_round_duration_seconds", "gauge", ("run",), "Duration of the last round, from its first request."
+            "fedseg_round_duration_seconds",
+            "gauge",
+            ("run",),
+            "Duration of the last round, from the first request of its last attempt to the new weights.",
+        ),
+        Series(
+            "fedseg_round_phase_seconds",
+            "gauge",
+            ("run", "phase"),
+            "Duration of each phase of the last round; broadcast, wait and aggregate add up to the round.",
         ),
         Series("fedseg_checkpoint_timestamp_seconds", "gauge", ("run",), "When the last round was committed."),
         Series("fedseg_sites_asked", "gauge", ("run",), "Sites that were asked in the last round."),
@@ -80,8 +93,15 @@ CATALOGUE: dict[str, Series] = {
             "fedseg_site_quarantined_cases", "gauge", ("run", "site", "reason"), "Cases set aside in its last update."
         ),
         Series("fedseg_site_update_norm", "gauge", ("run", "site"), "L2 norm of the site's last update."),
+        Series(
+            "fedseg_site_update_cosine",
+            "gauge",
+            ("run", "site"),
+            "Cosine of the angle between the site's last update and the joint one, to within about 0.03.",
+        ),
         Series("fedseg_site_update_bytes", "gauge", ("run", "site"), "Bytes of arrays in the site's last update."),
         Series("fedseg_site_received_bytes", "counter", ("run", "site"), "Bytes of arrays that came from the site."),
+        Series("fedseg_site_sent_bytes", "counter", ("run", "site"), "Bytes of arrays in the requests to the site."),
         Series("fedseg_site_answer_seconds", "gauge", ("run", "site"), "From the request to the site's last update."),
         Series("fedseg_site_training_seconds", "gauge", ("run", "site"), "Training time in the site's last update."),
         Series("fedseg_site_training_loss", "gauge", ("run", "site"), "Mean training loss in the site's last update."),
@@ -98,6 +118,15 @@ CATALOGUE: dict[str, Series] = {
         Series("fedseg_score_worst", "gauge", ("run", "metric"), "Worst site's mean, newest scored weights."),
         Series("fedseg_score_round", "gauge", ("run",), "Round of the newest scored weights."),
         Series("fedseg_dice_best", "gauge", ("run",), "Best mean Dice of all scored rounds."),
+        Series(
+            "fedseg_dice_improvement",
+            "gauge",
+            ("run",),
+            "Newest mean Dice minus the best before it; below 0 it has become worse.",
+        ),
+        Series(
+            "fedseg_rounds_since_best", "gauge", ("run",), "Rounds between the best mean Dice and the newest score."
+        ),
         Series("fedseg_site_connected", "gauge", ("site",), "1 if the site's gate has been heard of lately."),
         Series("fedseg_restarts", "counter", ("program",), "How often the supervisor has started a program again."),
         Series(
@@ -108,9 +137,6 @@ CATALOGUE: dict[str, Series] = {
         ),
         Series("fedseg_state_free_bytes", "gauge", (), "Room left on the disk of the state folder."),
         Series("fedseg_state_size_bytes", "gauge", (), "Size of that disk."),
-        Series(
-            "fedseg_rounds_since_best", "gauge", ("run",), "Rounds between the best mean Dice and the newest score."
-        ),
     )
 }
 """Every series of the coordinator; docs/metrics.md is made from it."""
@@ -127,10 +153,10 @@ def catalogue_table() -> str:
 
 
 class RunCollector(Collector):
-    """Reads one run directory at each scrape.
+    """Reads a run directory at each scrape.
 
     Args:
-        directory: of a run store; it may be empty for now.
+        directory: of a run store, or a study's state folder; it may be empty for now.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -139,9 +165,11 @@ class RunCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """All series of all runs in the directory."""
         samples = Samples()
-        with reader(self._directory) as store:
+        folder, _ = places(self._directory)
+        with reader(folder) as store:
             for run in store("SELECT * FROM runs ORDER BY run"):
                 _of_run(samples, store, run)
+                _of_now(samples, store, run, folder)
         yield from samples.families()
 
 
@@ -177,8 +205,7 @@ def _of_run(samples: Samples, store: Store, run: sqlite3.Row) -> None:
     samples.add("fedseg_run_resumes", run["resumed"], name)
     repeated = store("SELECT count(*) AS n FROM events WHERE run = ? AND kind = 'repeated'", name)
     samples.add("fedseg_round_repeats", repeated[0]["n"] if repeated else 0, name)
-    last = store("SELECT * FROM rounds WHERE run = ? ORDER BY server_round DESC LIMIT 1", name)
-    if last:
+    if last := store(_LAST_ROUND, name):
         number = last[0]["server_round"]
         samples.add("fedseg_rounds_finished", number, name)
         samples.add("fedseg_checkpoint_timestamp_seconds", last[0]["finished"], name)
@@ -186,9 +213,27 @@ def _of_run(samples: Samples, store: Store, run: sqlite3.Row) -> None:
         samples.add("fedseg_sites_asked", len(json.loads(last[0]["asked"])), name)
         accepted = "SELECT count(*) AS n FROM updates WHERE run = ? AND server_round = ? AND status = 'accepted'"
         samples.add("fedseg_sites_accepted", store(accepted, name, number)[0]["n"], name)
+        for row in store("SELECT * FROM phases WHERE run = ? AND server_round = ?", name, number):
+            samples.add("fedseg_round_phase_seconds", row["seconds"], name, row["phase"])
     _of_answers(samples, store, name)
     _of_updates(samples, store, name)
     _of_scores(samples, store, name)
+
+
+_LAST_ROUND = "SELECT * FROM rounds WHERE run = ? ORDER BY server_round DESC LIMIT 1"
+
+
+def _of_now(samples: Samples, store: Store, run: sqlite3.Row, folder: Path) -> None:
+    """What the process is doing that runs the run, if there is one."""
+    name, current, phase = run["run"], 0, None
+    if run["finished"] is None and is_locked(folder / f".{name}.lock"):
+        if waiting := read_waiting(folder, name):
+            current, phase = waiting.server_round, waiting.phase
+        elif last := store(_LAST_ROUND, name):
+            current = min(last[0]["server_round"] + 1, json.loads(run["experiment"])["federation"]["rounds"])
+    samples.add("fedseg_round_current", current, name)
+    for each in PHASES:
+        samples.add("fedseg_round_phase", float(each == phase), name, each)
 
 
 def _of_answers(samples: Samples, store: Store, run: str) -> None:
@@ -223,6 +268,7 @@ def _of_updates(samples: Samples, store: Store, run: str) -> None:
         samples.add("fedseg_site_last_update_timestamp_seconds", row["committed"], *labels)
         samples.add("fedseg_site_cases", row["num_cases"], *labels)
         samples.add("fedseg_site_update_norm", row["norm"], *labels)
+        samples.add("fedseg_site_update_cosine", dict(row).get("cosine"), *labels)  # older stores have none
         samples.add("fedseg_site_update_bytes", row["bytes"], *labels)
         samples.add("fedseg_site_answer_seconds", row["seconds"], *labels)
         samples.add("fedseg_site_training_seconds", training.get("seconds"), *labels)
@@ -232,6 +278,8 @@ def _of_updates(samples: Samples, store: Store, run: str) -> None:
     received = "SELECT site, sum(bytes) AS n FROM updates WHERE run = ? AND status = 'accepted' GROUP BY site"
     for row in store(received, run):
         samples.add("fedseg_site_received_bytes", row["n"], run, row["site"])
+    for row in store("SELECT site, sum(bytes) AS n FROM requests WHERE run = ? GROUP BY site", run):
+        samples.add("fedseg_site_sent_bytes", row["n"], run, row["site"])
 
 
 def _of_scores(samples: Samples, store: Store, run: str) -> None:
@@ -257,6 +305,8 @@ def _of_scores(samples: Samples, store: Store, run: str) -> None:
         best = max(means, key=lambda number: means[number])
         samples.add("fedseg_dice_best", means[best], run)
         samples.add("fedseg_rounds_since_best", newest - best, run)
+        *before, latest = means.values()
+        samples.add("fedseg_dice_improvement", latest - max(before) if before else None, run)
 
 
 def serve(
@@ -279,6 +329,6 @@ def serve(
         ConfigError: the port is in use.
     """
     registry = CollectorRegistry()
-    for collector in (RunCollector(places(directory)[0]), *more):
+    for collector in (RunCollector(directory), *more):
         registry.register(collector)
     return listen(watching_app(directory, registry), host, port, web_config)

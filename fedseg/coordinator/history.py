@@ -59,6 +59,10 @@ class RoundStory:
     dice: float | None
     """Of the weights after this round, mean over the sites."""
     worst: float | None
+    cosine: float | None
+    """Lowest of the sites, of the angle between a site's update and the joint one."""
+    farthest: str
+    """The site that it is of; empty if none is known."""
     failures: list[str] = field(default_factory=list)
 
 
@@ -121,7 +125,7 @@ def as_json(directory: Path, run: str) -> str:
             "experiment": json.loads(store("SELECT experiment FROM runs WHERE run = ?", run)[0]["experiment"]),
             "rounds": [asdict(story) for story in stories],
         }
-        for table in ("updates", "metrics", "events"):
+        for table in ("updates", "metrics", "events", "phases", "requests"):
             document[table] = [
                 {key: value for key, value in dict(row).items() if key not in ("run", "id")}
                 for row in store(f"SELECT * FROM {table} WHERE run = ?", run)
@@ -179,6 +183,8 @@ def _story(store: Store, run: str, row: Any, dice: Sequence[float]) -> RoundStor
     accepted = [update for update in updates if update["status"] == "accepted"]
     losses = [json.loads(update["training"]).get("loss") for update in accepted]
     known = [loss for loss in losses if loss is not None]
+    cosines = [(update["cosine"], update["site"]) for update in map(dict, accepted) if update.get("cosine") is not None]
+    cosine, farthest = min(cosines, default=(None, ""))
     return RoundStory(
         server_round=row["server_round"],
         finished=row["finished"],
@@ -191,5 +197,7 @@ def _story(store: Store, run: str, row: Any, dice: Sequence[float]) -> RoundStor
         megabytes=sum(update["bytes"] for update in accepted) / 1e6,
         dice=sum(dice) / len(dice) if dice else None,
         worst=min(dice) if dice else None,
+        cosine=cosine,
+        farthest=farthest,
         failures=[f"{u['site']}: {u['status']} ({u['reason']})" for u in updates if u["status"] != "accepted"],
     )

@@ -128,6 +128,7 @@ def _waiting_for(waiting: Waiting) -> dict[str, Any]:
         "closing": waiting.closing,
         "attempt": waiting.attempt,
         "since": waiting.since,
+        "phase": waiting.phase,
         "asked": len(waiting.asked),
         "sites": sorted(waiting.missing),
     }
@@ -179,7 +180,7 @@ def _sites(
     names |= {*curves.dice, *(json.loads(asked[0]["asked"]) if asked else ()), *(waiting.asked if waiting else ())}
     nodes = _nodes(state)
     last = {row["site"]: row for row in store(_LAST_ANSWER, run)}
-    accepted = {row["site"]: row for row in store(_LAST_UPDATE, run)}
+    accepted = {row["site"]: dict(row) for row in store(_LAST_UPDATE, run)}
     rows = []
     for name in sorted(names | set(nodes)):
         answer, update = last.get(name), accepted.get(name)
@@ -195,6 +196,7 @@ def _sites(
                 "quarantined": sum(json.loads(update["quarantined"]).values()) if update else None,
                 "dice": dice[-1][1] if dice else None,
                 "dice_curve": dice[-SPARKS:],
+                "cosine": update.get("cosine") if update else None,
                 "loss": loss[-1][1] if loss else None,
                 "loss_curve": loss[-SPARKS:],
                 "said": answer["status"] if answer else "",
@@ -208,10 +210,7 @@ _LAST_ANSWER = (
     "SELECT u.site, u.status, u.reason, r.finished, max(u.rowid) FROM updates u JOIN rounds r USING (run, server_round) "
     "WHERE u.run = ? GROUP BY u.site"
 )
-_LAST_UPDATE = (
-    "SELECT site, server_round, num_cases, quarantined, max(rowid) FROM updates "
-    "WHERE run = ? AND status = 'accepted' GROUP BY site"
-)
+_LAST_UPDATE = "SELECT *, max(rowid) FROM updates WHERE run = ? AND status = 'accepted' GROUP BY site"
 
 
 def _site_state(name: str, connected: bool | None, waiting: Waiting | None) -> str:

@@ -1,6 +1,9 @@
 import csv
 import io
 import json
+import shutil
+import sqlite3
+from contextlib import closing
 
 import pytest
 from typer.testing import CliRunner
@@ -59,6 +62,16 @@ def test_a_run_is_told_round_by_round_with_what_went_wrong(folder):
     assert "C: abstained (too-few-cases)" in told
     assert "2 of 3" in told
     assert told.count("3 of 3") == 2
+    stored = rows(folder / "deep" / "second", "SELECT min(cosine) AS lowest, site FROM updates GROUP BY server_round")
+    assert all(f"{row['lowest']:.2f} {row['site']}" in told for row in stored)
+
+
+def test_a_run_of_an_earlier_release_is_told_without_what_it_did_not_keep(folder, tmp_path):
+    shutil.copytree(folder / "first", tmp_path / "old")
+    with closing(sqlite3.connect(tmp_path / "old" / "store.sqlite")) as database:
+        database.executescript("ALTER TABLE updates DROP COLUMN cosine; DROP TABLE phases; DROP TABLE requests")
+    assert fedseg("show", tmp_path / "old").count("3 of 3") == 2
+    assert json.loads(fedseg("export", tmp_path / "old", "--as", "json"))["phases"] == []
 
 
 def test_a_run_that_is_not_there_is_named_with_those_that_are(folder):
@@ -80,6 +93,9 @@ def test_an_exported_document_has_all_that_the_store_knows(folder, tmp_path):
     assert document["experiment"]["name"] == "toy"
     assert len(document["updates"]) == 6
     assert {row["site"] for row in document["metrics"]} == {"A", "B", "C"}
+    assert all(-1 <= row["cosine"] <= 1 for row in document["updates"])
+    assert {row["phase"] for row in document["phases"]} == {"broadcast", "wait", "aggregate", "evaluate", "checkpoint"}
+    assert len(document["requests"]) == 9
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 import json
 import re
 import shutil
+import sqlite3
 import subprocess
 import urllib.request
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from fedseg.coordinator.exporter import CATALOGUE, RunCollector, catalogue_table, serve
 from fedseg.errors import ConfigError
 from fedseg.federated.messages import SiteFailure
+from fedseg.federated.phases import PHASES
 from tests.federated.toys import changed_fleet, run_toy, toy_experiment
 
 ROOT = Path(__file__).parents[2]
@@ -75,6 +78,99 @@ def test_the_series_say_what_happened(eventful):
     assert value(found, "fedseg_site_received_bytes_total", site="B") == 2 * value(
         found, "fedseg_site_update_bytes", site="B"
     )
+    sent = [value(found, "fedseg_site_sent_bytes_total", site=site) for site in "ABC"]
+    assert sent == [4 * value(found, "fedseg_site_update_bytes", site="A")] * 3, (
+        "three rounds and the closing evaluation"
+    )
+    assert all(-1 <= value(found, "fedseg_site_update_cosine", site=site) <= 1 for site in "ABC")
+
+
+def test_phases_of_the_last_round_add_up_and_nothing_is_done_after_the_end(eventful):
+    _, found = scrape(eventful)
+    seconds = {phase: value(found, "fedseg_round_phase_seconds", phase=phase) for phase in PHASES}
+    during = seconds["broadcast"] + seconds["wait"] + seconds["aggregate"]
+    assert during == pytest.approx(value(found, "fedseg_round_duration_seconds"), abs=1e-9)
+    assert value(found, "fedseg_round_current") == 0
+    assert {value(found, "fedseg_round_phase", phase=phase) for phase in PHASES} == {0}
+
+
+def test_while_a_round_runs_its_number_and_its_phase_are_told_and_not_after_its_process_has_died(tmp_path):
+    seen = []
+
+    def look(site, instructions, answer):
+        seen.append(scrape(tmp_path)[1])
+        if len(seen) == 5:
+            raise InterruptedError
+        return answer
+
+    with pytest.raises(InterruptedError):
+        run_toy(toy_experiment(rounds=3), tmp_path, fleet=changed_fleet(look))
+    assert [value(found, "fedseg_round_current") for found in seen] == [1, 1, 1, 2, 2]
+    for found in seen:
+        assert {phase for phase in PHASES if value(found, "fedseg_round_phase", phase=phase)} == {"wait"}
+    after = scrape(tmp_path)[1]
+    assert value(after, "fedseg_round_current") == 0, "the file is still there, but nobody holds the lock"
+    assert {value(after, "fedseg_round_phase", phase=phase) for phase in PHASES} == {0}
+
+
+def test_distances_have_their_mean_and_the_largest_is_the_worst(tmp_path):
+    distances = {"A": 3.0, "B": 8.0, "C": 4.0}
+
+    def change(site, instructions, answer):
+        more = {"hd95/liver/sum": 2 * distances[site], "hd95/liver/count": 2.0}
+        return replace(answer, sums=answer.sums | more) if answer.sums else answer
+
+    run_toy(toy_experiment(rounds=1), tmp_path, fleet=changed_fleet(change))
+    _, found = scrape(tmp_path)
+    assert value(found, "fedseg_score_mean", metric="hd95/liver") == 5
+    assert value(found, "fedseg_score_worst", metric="hd95/liver") == 8
+    assert value(found, "fedseg_site_score", site="C", metric="hd95/liver") == 4
+
+
+@pytest.mark.parametrize(
+    ("dice", "improvement", "since"), [([0.5, 0.7], 0.2, 0), ([0.7, 0.5, 0.6], -0.1, 2), ([0.5], None, 0)]
+)
+def test_improvement_is_the_newest_mean_dice_against_the_best_before_it(tmp_path, dice, improvement, since):
+    def change(site, instructions, answer):
+        if not answer.sums:
+            return answer
+        number = instructions.server_round - 2  # the weights that are scored are those of the round before
+        return replace(answer, sums={"dice/liver/sum": 2 * dice[number], "dice/liver/count": 2.0})
+
+    run_toy(toy_experiment(rounds=len(dice)), tmp_path, fleet=changed_fleet(change))
+    _, found = scrape(tmp_path)
+    if improvement is None:
+        assert "fedseg_dice_improvement" not in {name for name, _ in found}
+    else:
+        assert value(found, "fedseg_dice_improvement") == pytest.approx(improvement)
+    assert value(found, "fedseg_rounds_since_best") == since
+
+
+def test_a_store_of_an_earlier_release_has_the_series_that_it_can_have(tmp_path):
+    run_toy(toy_experiment(rounds=2), tmp_path)
+    with closing(sqlite3.connect(tmp_path / "store.sqlite")) as database:
+        database.executescript("ALTER TABLE updates DROP COLUMN cosine; DROP TABLE phases; DROP TABLE requests")
+    names = {name for name, _ in scrape(tmp_path)[1]}
+    assert {"fedseg_site_update_norm", "fedseg_round_phase", "fedseg_score_mean"} <= names
+    assert not {"fedseg_site_update_cosine", "fedseg_round_phase_seconds", "fedseg_site_sent_bytes_total"} & names
+
+
+def test_a_state_folder_that_was_empty_at_first_has_series_as_soon_as_its_study_has_begun(tmp_path):
+    server, thread = serve(tmp_path)
+
+    def series():
+        with urllib.request.urlopen(f"http://127.0.0.1:{server.server_port}/metrics", timeout=10) as answer:
+            return answer.read().decode()
+
+    try:
+        assert "fedseg_rounds_finished" not in series()
+        run_toy(toy_experiment(rounds=1), tmp_path / "run")
+        (tmp_path / "status.json").write_text("{}")
+        assert 'fedseg_rounds_finished{run="federated"} 1.0' in series()
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join(10)
 
 
 MACHINE = {series.name for series in CATALOGUE.values() if "run" not in series.labels}
