@@ -196,7 +196,9 @@ def metrics(
         typer.echo(generate_latest(registry).decode(), nl=False)
         return
     server, _ = serve(directory, host, port, web_config=web_config)
-    typer.echo(f"series of {directory} on {server.url}metrics", err=True)
+    typer.echo(
+        f"{directory}: the page to watch is {server.url}, series for Prometheus are on {server.url}metrics", err=True
+    )
     threading.Event().wait()
 
 
