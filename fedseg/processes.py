@@ -8,13 +8,45 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from fedseg.errors import ConfigError
 
+PAUSES = (1.0, 60.0)
+"""Shortest and longest wait in seconds before something that ended is started again."""
 LOG_BYTES = 50_000_000
 """Of the log of a process that does not look after it itself; so much more is kept beside it."""
+
+
+@dataclass
+class Backoff:
+    """How long to wait before the next try: twice as long each time, and shortest again when there was progress."""
+
+    pause: float = 0.0
+    """Seconds, after the last failure."""
+    until: float = 0.0
+    mark: object = None
+
+    def failed(self, mark: object = None) -> float:
+        """Take a failure into account.
+
+        Args:
+            mark: how far it had got; another one than at the last failure is progress.
+
+        Returns:
+            The pause in seconds.
+        """
+        self.pause = min(2 * self.pause or PAUSES[0], PAUSES[1]) if mark == self.mark else PAUSES[0]
+        self.mark, self.until = mark, time.monotonic() + self.pause
+        return self.pause
+
+    @property
+    def over(self) -> bool:
+        """Whether it is time for the next try."""
+        return self.until <= time.monotonic()
 
 
 def die_with_parent() -> None:

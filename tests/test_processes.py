@@ -1,7 +1,7 @@
 import subprocess
 import sys
 
-from fedseg.processes import keep_short
+from fedseg.processes import Backoff, keep_short
 
 
 def test_a_log_that_grows_too_long_starts_anew_while_a_process_writes_it(tmp_path):
@@ -23,6 +23,14 @@ def test_a_log_that_grows_too_long_starts_anew_while_a_process_writes_it(tmp_pat
     writer.communicate()
     assert (tmp_path / "gate.log.1").read_text() == "first\nsecond\n"
     assert log.read_bytes() == b"third\n"
+
+
+def test_pauses_double_up_to_a_minute_and_begin_anew_after_progress():
+    again = Backoff()
+    assert again.over
+    assert [again.failed(3) for _ in range(8)] == [1, 2, 4, 8, 16, 32, 60, 60]
+    assert not again.over
+    assert [again.failed(4), again.failed(4)] == [1, 2]
 
 
 def test_a_log_that_is_not_there_yet_is_no_trouble(tmp_path):

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from fedseg.config import Experiment, load_experiment
 from fedseg.coordinator.between import Member, last_error, read_who, write_who
@@ -27,7 +26,7 @@ from fedseg.coordinator.state import RUN, finished, holder, is_held, query, roun
 from fedseg.coordinator.superlink import REVOKED, Control, start_superlink
 from fedseg.errors import ConfigError, FedsegError, KitError, SuperLinkError
 from fedseg.kit import Kit, Roster, load_roster
-from fedseg.processes import end_process, is_port_taken, keep_short, only_one, start_process
+from fedseg.processes import Backoff, end_process, is_port_taken, keep_short, only_one, start_process
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +36,6 @@ LOOK_SECONDS = 0.5
 """Between two looks at everything."""
 ADMIT_SECONDS = 2.0
 """Between two looks at the list of sites and at who is connected."""
-PAUSES = (1.0, 60.0)
-"""Shortest and longest wait before something that ended is started again without having got further."""
 WELL_SECONDS = 30.0
 """A trouble is over when everything has been running for so long; one that lasts is noticed again more often than that."""
 START_SECONDS = 120.0
@@ -78,27 +75,6 @@ class Plan:
 
 
 @dataclass
-class _Backoff:
-    """How long to wait before the next try; back to the shortest when there was progress."""
-
-    failures: int = 0
-    until: float = 0.0
-    mark: Any = None
-
-    def failed(self, mark: Any) -> float:
-        """Take a failure into account; returns the pause in seconds."""
-        self.failures = self.failures + 1 if mark == self.mark else 1
-        self.mark = mark
-        pause = min(PAUSES[1], PAUSES[0] * 2.0 ** (self.failures - 1))
-        self.until = time.monotonic() + pause
-        return pause
-
-    @property
-    def over(self) -> bool:
-        return self.until <= time.monotonic()
-
-
-@dataclass
 class Supervisor:
     """Runs a plan until the study is finished or somebody stops it.
 
@@ -121,9 +97,9 @@ class Supervisor:
     _look_at_sites: float = 0.0
     _look_at_run: float = 0.0
     _fence_files: tuple[float, ...] = ()
-    _links: _Backoff = field(default_factory=_Backoff)
-    _runs: _Backoff = field(default_factory=_Backoff)
-    _fences: _Backoff = field(default_factory=_Backoff)
+    _links: Backoff = field(default_factory=Backoff)
+    _runs: Backoff = field(default_factory=Backoff)
+    _fences: Backoff = field(default_factory=Backoff)
     _held: bool = False
     _restarts: dict[str, int] = field(default_factory=lambda: {"superlink": 0, "run": 0, "fence": 0})
 
@@ -187,7 +163,7 @@ class Supervisor:
             end_process(self._superlink)  # something failed before it could be talked to
         if self._superlink is not None:
             self._close_control()
-            pause = self._links.failed(None)
+            pause = self._links.failed()
             self._restarts["superlink"] += 1
             self._say(f"the SuperLink has ended (exit code {self._superlink.returncode}); starting it in {pause:.0f} s")
             self._superlink, self._run_id, self._held = None, None, False
@@ -195,7 +171,7 @@ class Supervisor:
             return False
         plan = self.plan
         if is_port_taken(plan.port):  # else the other study's SuperLink would be taken for this one's
-            self._links.failed(None)
+            self._links.failed()
             self._trouble(
                 f"127.0.0.1:{plan.port} is taken by another program, perhaps by the server of another study; end it, or give "
                 "this study another coordinator.superlink_port in its study file"
@@ -326,7 +302,7 @@ class Supervisor:
             return
         if self._fence is not None:
             self._restarts["fence"] += 1
-            pause = self._fences.failed(None)
+            pause = self._fences.failed()
             self._trouble(
                 f"the fence has ended (exit code {self._fence.returncode}); it is started again in {pause:.0f} s; "
                 f"{self.plan.state / 'nginx.log'} says why"

@@ -12,13 +12,11 @@ from pathlib import Path
 
 from fedseg.errors import ConfigError, KitError
 from fedseg.kit import Kit
-from fedseg.processes import end_process, keep_short, only_one, start_process
+from fedseg.processes import Backoff, end_process, keep_short, only_one, start_process
 from fedseg.site.config import SiteConfig, load_site
 
 log = logging.getLogger(__name__)
 
-PAUSES = (1.0, 60.0)
-"""Shortest and longest wait before a process that ended is started again."""
 STEADY_SECONDS = 120.0
 """A process that has lived so long starts with the shortest pause again."""
 
@@ -32,9 +30,7 @@ class _Kept:
     log: Path
     process: "subprocess.Popen[bytes] | None" = None
     begun: float = 0.0
-    not_before: float = 0.0
-    pause: float = PAUSES[0]
-    restarts: int = 0
+    again: Backoff = field(default_factory=Backoff)
 
     def start(self) -> None:
         environment = os.environ | {"PYTHONUNBUFFERED": "1", "FLWR_LOG_LEVEL": "WARNING"}
@@ -46,10 +42,9 @@ class _Kept:
         if self.process is None or (code := self.process.poll()) is None:
             return None
         if time.monotonic() - self.begun > STEADY_SECONDS:
-            self.pause = PAUSES[0]
-        self.process, self.not_before = None, time.monotonic() + self.pause
-        self.pause = min(2 * self.pause, PAUSES[1])
-        self.restarts += 1
+            self.again = Backoff()
+        self.process = None
+        self.again.failed()
         return code
 
 
@@ -106,6 +101,7 @@ class Household:
                     self._keep(kept)
                 self.stop.wait(0.5)
         finally:
+            self.tell("ending gate and site service; the running step of training is waited for, 30 s at most")
             for kept in (gate, service):  # the gate first, so that nothing new arrives
                 if kept.process is not None:
                     end_process(kept.process, 30.0)
@@ -116,10 +112,10 @@ class Household:
         code = kept.ended()
         if code is not None:
             self.tell(
-                f"the {kept.name} has ended (exit code {code}); it is started again in "
-                f"{kept.not_before - time.monotonic():.0f} s; its log is {kept.log}"
+                f"the {kept.name} has ended (exit code {code}); it is started again in {kept.again.pause:.0f} s; "
+                f"its log is {kept.log}"
             )
-        if kept.process is None and time.monotonic() >= kept.not_before:
+        if kept.process is None and kept.again.over:
             kept.start()
             self.tell(f"the {kept.name} is running; its log is {kept.log}")
 

@@ -27,6 +27,7 @@ def test_a_data_folder_that_is_not_there_is_told_at_once(tmp_path):
     household.stop.set()
     household.run()
     assert told[0].startswith(f"{ready.data}: no such folder")
+    assert told[1].startswith("ending gate and site service; the running step of training is waited for")
 
 
 def test_the_coordinators_kit_starts_no_site(tmp_path):
