@@ -257,6 +257,10 @@ def test_the_page_shows_rounds_and_sites_without_complaint(browser, port):
     ):
         assert words in text
     assert "Round 6: the update of Ebro was refused (non-finite)" in text
+    cosines = browser.ask("[...document.querySelectorAll('#rows [data-name=Cosine]')].map((cell) => cell.textContent)")
+    assert cosines == [
+        f"{site['cosine']:.2f}".replace("-", "−") for site in json.loads(fetch(port, "/status.json")[2])["sites"]
+    ]
     assert browser.ask("document.querySelectorAll('#dice polyline').length") == 2
     assert browser.ask("document.querySelectorAll('#numbers tr').length") == 12
     assert browser.ask("document.querySelector('#dice svg').getAttribute('aria-label')").startswith("Dice by round.")
