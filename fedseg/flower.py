@@ -24,9 +24,9 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from fedseg import __version__
-from fedseg.coordinator.between import Member
 from fedseg.errors import MessageError, QuorumError
 from fedseg.federated.messages import Answer, RoundInstructions, SiteFailure, SiteUpdate
+from fedseg.members import Member
 from fedseg.site.connect import Refusal
 
 log = logging.getLogger(__name__)

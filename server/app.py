@@ -18,12 +18,13 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedseg import logs
 from fedseg.config import Experiment, load_experiment
-from fedseg.coordinator.between import logged, read_who
+from fedseg.coordinator.between import logged
 from fedseg.federated.driver import run_federation
 from fedseg.federated.narrate import narrate
 from fedseg.federated.site import start_state
 from fedseg.federated.store import RunStore
 from fedseg.flower import FlowerFleet
+from fedseg.members import read_who
 from fedseg.model_file import save_model_file
 
 RUN = "federated"

@@ -8,13 +8,13 @@ from pathlib import Path
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
-from fedseg.coordinator.between import read_who
 from fedseg.coordinator.exporter import Samples
 from fedseg.coordinator.state import read_status
 from fedseg.coordinator.watch import online_nodes
 from fedseg.credentials import load_certificate
 from fedseg.errors import ConfigError, KitError
 from fedseg.kit import Kit, load_roster
+from fedseg.members import read_who
 
 
 class MachineCollector(Collector):

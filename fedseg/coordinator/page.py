@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from fedseg.coordinator.between import read_who
 from fedseg.coordinator.state import RUN, Store, is_locked, is_supervised, read_status, reader
 from fedseg.coordinator.watch import online_nodes
 from fedseg.errors import ConfigError
 from fedseg.federated.waiting import Waiting, read_waiting
+from fedseg.members import read_who
 
 Point = tuple[int, float]
 """A round and a value."""

@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from fedseg.config import Experiment, load_experiment
-from fedseg.coordinator.between import Member, last_error, read_who, write_who
+from fedseg.coordinator.between import last_error
 from fedseg.coordinator.exporter import serve
 from fedseg.coordinator.fence import SUPERLINK_PORT, public_pem
 from fedseg.coordinator.machine import MachineCollector
@@ -26,6 +26,7 @@ from fedseg.coordinator.state import RUN, finished, holder, is_held, query, roun
 from fedseg.coordinator.superlink import REVOKED, Control, start_superlink
 from fedseg.errors import ConfigError, FedsegError, KitError, SuperLinkError
 from fedseg.kit import Kit, Roster, load_roster
+from fedseg.members import Member, read_who, write_who
 from fedseg.processes import Backoff, end_process, is_port_taken, keep_short, only_one, start_process
 
 log = logging.getLogger(__name__)

@@ -7,9 +7,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fedseg.coordinator.between import read_who
 from fedseg.coordinator.state import RUN, query
 from fedseg.errors import ConfigError
+from fedseg.members import read_who
 
 
 def overview(state: Path) -> dict[str, Any]:

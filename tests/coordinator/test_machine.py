@@ -3,10 +3,10 @@ import json
 import pytest
 from prometheus_client import CollectorRegistry
 
-from fedseg.coordinator.between import Member, write_who
 from fedseg.coordinator.exporter import CATALOGUE
 from fedseg.coordinator.machine import MachineCollector
 from fedseg.kit import load_kit, load_roster
+from fedseg.members import Member, write_who
 from tests.coordinator.studies import Studies
 
 
