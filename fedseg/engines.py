@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Self
 
-from fedseg import __version__
+from fedseg import __version__, logs
 from fedseg.errors import ConfigError, QuorumError
 from fedseg.federated.local import Ask
 from fedseg.federated.messages import RoundInstructions, SiteUpdate
@@ -157,7 +157,7 @@ def _root(error: BaseException | None) -> str:
 
 
 def _backend(workers: int, gpus: int) -> dict[str, Any]:
-    init: dict[str, Any] = {"logging_level": "error", "log_to_driver": True, "include_dashboard": False}
+    init: dict[str, Any] = {"logging_level": "error", "log_to_driver": not logs.is_json(), "include_dashboard": False}
     if "RAY_ADDRESS" not in os.environ:
         init["num_cpus"] = workers
     return {"init_args": init, "client_resources": {"num_cpus": 1, "num_gpus": min(1.0, gpus / workers)}}

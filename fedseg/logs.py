@@ -4,13 +4,14 @@ A line of JSON has `time` (ISO 8601, UTC), `level`, `logger`, `message`, and `ru
 are not known; `exception` is there if there was one. FEDSEG_LOG_FORMAT chooses, so that processes that are started inherit it.
 """
 
+import io
 import json
 import logging
 import os
 import sys
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -67,9 +68,10 @@ def formatter(text: str) -> logging.Formatter:
 
 
 def adopt(name: str) -> None:
-    """Have a library's logger, which writes its own lines of text, write ours of JSON, if that is chosen."""
+    """Have a library's logger, whose handlers write lines of text, write ours of JSON instead, if that is chosen."""
     logger = logging.getLogger(name)
     if is_json():
+        logger.setLevel(max([logger.level, *(handler.level for handler in logger.handlers)]))
         logger.handlers.clear()
     logger.propagate = is_json()
 
@@ -80,6 +82,16 @@ def say(text: str) -> None:
         logging.getLogger("fedseg").info(text)
     else:
         print(text, file=sys.stderr)
+
+
+@contextmanager
+def printed() -> Iterator[None]:
+    """Have what is printed to stdout meanwhile logged, if lines are JSON."""
+    if is_json():
+        with redirect_stdout(_Printed()):
+            yield
+    else:
+        yield
 
 
 @contextmanager
@@ -100,6 +112,13 @@ def now_about(**known: Any) -> None:
 def always_about(**known: Any) -> None:
     """Say what all lines of this process are about, unless something else is said."""
     _process.update(known)
+
+
+class _Printed(io.TextIOBase):
+    def write(self, text: str) -> int:
+        for line in filter(str.strip, str.splitlines(text)):  # bytes are refused, even none: click tries
+            logging.getLogger("fedseg").info(line)
+        return len(text)
 
 
 class JsonFormatter(logging.Formatter):

@@ -81,7 +81,7 @@ def serve(
     logging.getLogger("fedseg").setLevel(logging.INFO)
     config = load_site(site)
     logs.always_about(site=config.name)
-    serve_site(config, ready=lambda: logs.say(f"site {config.name} answers on {config.socket}"))
+    serve_site(config)
 
 
 @app.command()

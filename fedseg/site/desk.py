@@ -120,6 +120,7 @@ class Desk:
             log.exception("round %d failed", request.server_round)
             return SiteFailure(name, request.server_round, "failed", type(error).__name__)
         request.decided = "allowed"
+        log.info("round %d is answered after %.1f s", request.server_round, time.monotonic() - request.begun)
         return update
 
     def _update(self, instructions: RoundInstructions, request: _Request) -> SiteUpdate:

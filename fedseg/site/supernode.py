@@ -32,6 +32,7 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 
 import httpx
+import uvicorn
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519
 from flwr.proto.fleet_pb2 import DeactivateNodeRequest
@@ -204,7 +205,9 @@ def run_supernode(kit: Kit, socket: Path, *, home: Path, port: int = 0) -> None:
     entities.write_text(json.dumps({ENTITY: public.decode()}))
     from flwr.supernode.cli.flower_supernode import flower_supernode
 
-    logs.adopt("flwr")  # it has a handler of its own
+    logs.adopt("flwr")
+    if logs.is_json():
+        uvicorn.config.LOGGING_CONFIG["loggers"] = {}  # or it would have handlers of its own
     port = port or free_port()
     executor = start_executor(f"127.0.0.1:{port}")
     try:

@@ -1,5 +1,6 @@
 """The way of a hospital without an IT department: `fedseg site start`, a study that comes to its end, a clean stop."""
 
+import json
 import shutil
 from collections.abc import Iterator
 
@@ -22,8 +23,10 @@ pytestmark = [
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Study]:
     study = Study(tmp_path_factory.mktemp("f"), tiny_experiment(rounds=2, min_sites=1), ("Aare",))
     try:
-        study.start("Aare", "site", "start", study.site("Aare"))
-        study.start_server()
+        with pytest.MonkeyPatch.context() as environment:
+            environment.setenv("FEDSEG_LOG_FORMAT", "json")
+            study.start("Aare", "site", "start", study.site("Aare"))
+            study.start_server()
         study.wait_for(lambda: study.ended("server") is not None, 200, "the study is finished")
         yield study
     finally:
@@ -38,6 +41,27 @@ def test_the_server_ends_with_a_model_of_the_last_round(finished: Study) -> None
     assert digest(take_weights(model)) == last
     assert finished.rows("SELECT value FROM metrics WHERE server_round = 2 AND name = 'dice'")
     assert "the study is finished" in finished.log("server")
+
+
+def test_every_program_logs_json_and_says_which_run_round_and_site_it_is_about(finished: Study) -> None:
+    state = finished.site("Aare") / "state"
+    files = {
+        "site start": finished.folder / "Aare.log",
+        "service": state / "site-service.log",
+        "gate": state / "gate.log",
+        "supervisor": finished.folder / "server.log",
+        "run": finished.run / "server.log",
+    }
+    logs = {name: [json.loads(line) for line in path.read_text().splitlines()] for name, path in files.items()}
+    keys = {"time", "level", "logger", "message", "run", "round", "site"}
+    assert all(keys <= line.keys() for lines in logs.values() for line in lines)
+    assert all(logs.values())
+    assert {line["site"] for name in ("site start", "service", "gate") for line in logs[name]} == {"Aare"}
+    assert {line["run"] for line in logs["run"]} == {"federated"}
+    answers = [(line["round"], line["site"]) for line in logs["run"] if "accepted" in line["message"]]
+    assert answers == [(1, "Aare"), (2, "Aare")]
+    images = [path.name.removesuffix(".nii.gz") for path in finished.data("Aare").rglob("*.nii.gz")]
+    assert not any(image in files["run"].read_text() for image in images)
 
 
 def test_starting_a_finished_study_again_says_so_and_ends(finished: Study) -> None:
