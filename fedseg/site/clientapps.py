@@ -11,7 +11,6 @@ import os
 import signal
 import sys
 import tempfile
-import traceback
 from collections.abc import Callable
 
 from flwr.app import Error
@@ -22,6 +21,7 @@ from flwr.supercore.superexec.executor import ExecutionSpec, LaunchResult
 from flwr.supercore.superexec.executor.subprocess_executor import SubprocessExecutor
 from flwr.supercore.utils import get_flwr_home
 
+from fedseg import logs
 from fedseg.processes import die_with_parent
 
 log = logging.getLogger(__name__)
@@ -37,8 +37,9 @@ class ForkingExecutor(SubprocessExecutor):
         """Fork, and let the child run the ClientApp."""
         if spec.task_type != TaskType.CLIENT_APP:
             return LaunchResult.failed(f"a gate runs ClientApps only, not {spec.task_type}")
+        executor = os.getpid()  # the child may ask for its parent when that is gone, and then wait for process 1 to end
         if os.fork() == 0:
-            _end_with(lambda: _run_clientapp(spec))
+            _end_with(lambda: _run_clientapp(spec, executor))
         return LaunchResult.accepted()
 
     def reconcile(self) -> None:
@@ -76,7 +77,7 @@ def _wait_for_messages(address: str, gate: int) -> None:
     superexec.run_superexec(address, insecure=True, parent_pid=gate)
 
 
-def _run_clientapp(spec: ExecutionSpec) -> None:
+def _run_clientapp(spec: ExecutionSpec, executor: int) -> None:
     from flwr.supernode.runtime import run_clientapp
 
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -84,7 +85,8 @@ def _run_clientapp(spec: ExecutionSpec) -> None:
     vars(run_clientapp)["Error"] = _without_text
     with tempfile.TemporaryDirectory(prefix="app-", dir=get_flwr_home()) as home:
         os.environ["FLWR_HOME"] = home  # Flower would take a folder that is there already for the bundle
-        run_clientapp.run_clientapp(spec.runtime_api_address, spec.token, insecure=True, parent_pid=os.getppid())
+        with logs.printed():
+            run_clientapp.run_clientapp(spec.runtime_api_address, spec.token, insecure=True, parent_pid=executor)
 
 
 def _without_text(code: int, reason: str | None = None) -> Error:
@@ -101,7 +103,7 @@ def _end_with(work: Callable[[], None]) -> None:
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
     except BaseException:  # the process ends here; the log is all that is left of it
-        traceback.print_exc()
+        log.critical("the process of a message ends", exc_info=True)
         code = 1
     finally:
         sys.stdout.flush()
