@@ -1,6 +1,11 @@
+import os
+import select
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from flwr.supercore.constant import TaskType
@@ -10,6 +15,7 @@ from flwr.supercore.superexec.executor.types import LaunchResultStatus
 from fedseg.site.clientapps import ForkingExecutor, _without_text
 from fedseg.site.supernode import check_flower
 
+ROOT = Path(__file__).parents[2]
 SPEC = ExecutionSpec(
     task_type=TaskType.CLIENT_APP,
     runtime_api_address="127.0.0.1:1",
@@ -57,6 +63,27 @@ def test_a_process_that_ends_its_work_with_an_error_runs_nothing_of_its_parents(
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout == "parent 1\n"
     assert "ZeroDivisionError" in done.stderr
+
+
+def test_the_process_of_a_message_ends_although_its_parent_was_gone_before_it_looked():
+    program = (
+        "import os, signal\n"
+        "from fedseg.site.clientapps import ForkingExecutor\n"
+        "from tests.site.test_clientapps import SPEC\n"
+        "ForkingExecutor().launch(SPEC)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    reading, writing = os.pipe()  # stays open as long as the child lives
+    parent = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=writing, stderr=writing)
+    os.close(writing)
+    try:
+        assert parent.wait(60) == -signal.SIGKILL
+        end = time.monotonic() + 60
+        while select.select([reading], [], [], max(0, end - time.monotonic()))[0] and os.read(reading, 1 << 16):
+            pass
+        assert time.monotonic() < end, "the child is still there"
+    finally:
+        os.close(reading)
 
 
 def test_an_error_of_flowers_own_leaves_without_its_text():
