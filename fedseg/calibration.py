@@ -6,10 +6,12 @@ image; theirs is the agreement of their labels with the ones they started from.
 
 import csv
 import io
+import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -18,7 +20,7 @@ from fedseg.config import Experiment
 from fedseg.data.cohort import Case, Cohort, read_cohort
 from fedseg.data.preprocess import PreparedCase, prepare_case
 from fedseg.data.shift.catalogue import EFFECTS, HABITS, SEVERITIES
-from fedseg.data.shift.profiles import Annotator, Habit, Shift, single_effect
+from fedseg.data.shift.profiles import Annotator, Habit, ScannerProfile, Shift, single_effect
 from fedseg.errors import CaseError, DataError
 from fedseg.evaluation import evaluate
 from fedseg.federated.checkpoint import write_durably
@@ -35,7 +37,9 @@ class Measured:
 
     name: str
     severity: int
+    """0 for a whole scanner profile."""
     strength: float
+    """In the effect's own unit; NaN for a profile."""
     dice: float
     """Mean over cases and structures: of the model, or of an annotator with the labels as they were."""
     lost: float
@@ -66,6 +70,7 @@ def calibrate(
     cohort: Cohort,
     names: Sequence[str],
     *,
+    profiles: Mapping[str, ScannerProfile] = MappingProxyType({}),
     device: torch.device | str = "cpu",
     seed: int = 0,
     on_step: Callable[[int, int], None] = lambda _done, _total: None,
@@ -77,12 +82,13 @@ def calibrate(
         experiment: what it was trained for.
         cohort: labelled cases; those that cannot be used are left out.
         names: effects and annotators' habits.
+        profiles: whole scanners, measured after these.
         device: where to compute.
         seed: of the effects.
         on_step: called with the number of finished combinations and their total.
 
     Returns:
-        The Dice on clean images, and what was measured in the order of `names`.
+        The Dice on clean images, and what was measured.
 
     Raises:
         DataError: no case can be used.
@@ -96,19 +102,21 @@ def calibrate(
         return _score(model, experiment, cases, device)
 
     clean = dice(None)
+    total = len(names) * len(SEVERITIES) + len(profiles)
     found: list[Measured] = []
-    for name in names:
-        for severity in SEVERITIES:
-            on_step(len(found), len(names) * len(SEVERITIES))
-            if name in EFFECTS:
-                value = dice(Shift(scanner=single_effect(name, severity), seed=seed))
-                found.append(
-                    Measured(name, severity, EFFECTS[name].strengths[severity - 1], value, 100 * (clean - value))
-                )
-            else:
-                value = _agreement(usable, experiment, name, severity, seed)
-                found.append(Measured(name, severity, HABITS[name].strengths[severity - 1], value, 100 * (1 - value)))
-    on_step(len(found), len(found))
+    for name, severity in itertools.product(names, SEVERITIES):
+        on_step(len(found), total)
+        if name in EFFECTS:
+            value = dice(Shift(scanner=single_effect(name, severity), seed=seed))
+            found.append(Measured(name, severity, EFFECTS[name].strengths[severity - 1], value, 100 * (clean - value)))
+        else:
+            value = _agreement(usable, experiment, name, severity, seed)
+            found.append(Measured(name, severity, HABITS[name].strengths[severity - 1], value, 100 * (1 - value)))
+    for name, profile in profiles.items():
+        on_step(len(found), total)
+        value = dice(Shift(scanner=profile, seed=seed))
+        found.append(Measured(name, 0, math.nan, value, 100 * (clean - value)))
+    on_step(total, total)
     return clean, found
 
 

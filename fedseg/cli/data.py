@@ -161,7 +161,7 @@ def shift(
     from fedseg.data.cohort import read_cohort
     from fedseg.data.phantom import PhantomConfig, ScannerConfig, write_phantoms
     from fedseg.data.shift.catalogue import EFFECTS, HABITS
-    from fedseg.data.shift.profiles import load_profile, require_name, shipped_profiles
+    from fedseg.data.shift.profiles import pick_profiles, require_name
     from fedseg.data.shift.sheet import draw_sheet, effect_rows, profile_rows
     from fedseg.errors import ConfigError
 
@@ -182,9 +182,7 @@ def shift(
         if not cases:
             raise ConfigError(f"{data}: no case has a label, and outlines are drawn on every picture")
         if profile:
-            chosen = {n: p for n, p in shipped_profiles().items() if "all" in profile and p.modality == modality}
-            chosen |= {name: load_profile(name) for name in profile if name != "all"}
-            rows = profile_rows(cases, chosen, seed=seed, axis="DHW".index(axis))
+            rows = profile_rows(cases, pick_profiles(profile, modality), seed=seed, axis="DHW".index(axis))
         else:
             rows = effect_rows(cases[0], names, seed=seed, axis="DHW".index(axis))
         typer.echo(draw_sheet(rows, out))
@@ -199,6 +197,10 @@ def calibrate(
     effect: Annotated[
         list[str] | None,
         typer.Option(help="Effect or habit to measure; several times; absent: all that fit.", show_default=False),
+    ] = None,
+    profile: Annotated[
+        list[str] | None,
+        typer.Option(help="Measure scanners instead: a name, a TOML file, or all; several times.", show_default=False),
     ] = None,
     spacing: Annotated[
         tuple[float, float, float] | None,
@@ -219,7 +221,7 @@ def calibrate(
     from fedseg.calibration import suitable, unseen_cases, write_table
     from fedseg.cli.simulate import usable_cores
     from fedseg.data.cohort import read_cohort
-    from fedseg.data.shift.profiles import require_name
+    from fedseg.data.shift.profiles import pick_profiles, require_name
     from fedseg.device import configure, pick_device
     from fedseg.model_file import load_model_file
 
@@ -229,7 +231,7 @@ def calibrate(
             update={"data": experiment.data.model_copy(update={"spacing": tuple(spacing)})}
         )
     cohort = unseen_cases(model) if data is None else read_cohort(data)
-    names = [require_name(name) for name in effect or []] or suitable(experiment)
+    names = [require_name(name) for name in effect or []] or ([] if profile else suitable(experiment))
     place = pick_device(device)
     configure(threads=usable_cores())
     console = Console()
@@ -240,6 +242,7 @@ def calibrate(
             experiment,
             cohort,
             names,
+            profiles=pick_profiles(profile or [], experiment.task.modality),
             device=place,
             seed=seed,
             on_step=lambda done, total: progress.update(task, completed=done, total=total),
@@ -259,7 +262,8 @@ def _loss_table(clean: float, rows: "list[Measured]") -> "Table":
         "", *map(str, SEVERITIES), title=f"Points of Dice lost (strength); clean {clean:.3f}", title_justify="left"
     )
     for name in dict.fromkeys(row.name for row in rows):
-        cells = [f"{row.lost:.1f} ({row.strength:g})" for row in rows if row.name == name]
+        found = [row for row in rows if row.name == name]
+        cells = [f"{row.lost:.1f}" + (f" ({row.strength:g})" if row.severity else "") for row in found]
         table.add_row(name, *cells)
     return table
 

@@ -50,7 +50,7 @@ _CT: tuple[Modality, ...] = ("ct",)
 
 EFFECTS: dict[str, Effect] = {
     "coarser": Effect(
-        "geometry", (1.2, 1.4, 1.7, 2, 2.5), (1, 10), "times the voxel size", "larger voxels, with their affine"
+        "geometry", (1.35, 2, 2.5, 4, 5.5), (1, 10), "times the voxel size", "larger voxels, with their affine"
     ),
     "orientation": Effect("geometry", (1, 2, 3, 4, 5), (1, 5), "number of the frame", "axes stored in another order"),
     "field-of-view": Effect(

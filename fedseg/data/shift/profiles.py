@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -69,7 +69,7 @@ class ScannerProfile(Section):
     modality: catalogue.Modality
     description: str = ""
     """What it imitates."""
-    effects: tuple[Effect, ...] = ()
+    effects: Annotated[tuple[Effect, ...], Field(strict=False)] = ()  # a list, where a table stands in another section
     """In any order; the one of `fedseg.data.shift.catalogue.STAGES` counts."""
     jitter: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Strengths differ by up to this share from case to case."""
@@ -137,6 +137,23 @@ def shipped_profiles() -> dict[str, ScannerProfile]:
     """All profiles that come with the library, by name, MR first."""
     profiles = {path.stem: load_section(ScannerProfile, path) for path in sorted(SHIPPED.glob("*.toml"))}
     return dict(sorted(profiles.items(), key=lambda item: item[1].modality == "ct"))
+
+
+def pick_profiles(names: Sequence[str], modality: str) -> dict[str, ScannerProfile]:
+    """Profiles by name or path; `all` stands for those of the modality that come with the library.
+
+    Raises:
+        ConfigError: there is none of that name, or it is for the other modality.
+    """
+    chosen: dict[str, ScannerProfile] = {}
+    for name in names:
+        if name == "all":
+            chosen |= {known: one for known, one in shipped_profiles().items() if one.modality == modality}
+        else:
+            chosen[name] = load_profile(name)
+            if chosen[name].modality != modality:
+                raise ConfigError(f"profile {name!r} is for {chosen[name].modality}, the images are {modality}")
+    return chosen
 
 
 def _loaded(value: Any, info: ValidationInfo) -> Any:
