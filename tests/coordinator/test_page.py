@@ -18,7 +18,7 @@ from fedseg.coordinator.exporter import serve
 from fedseg.federated.local import InProcessFleet
 from fedseg.federated.messages import SiteFailure
 from tests.coordinator.browser import Browser, chromium
-from tests.federated.toys import ask_toy, changed_fleet, run_toy, toy_experiment
+from tests.federated.toys import ask_toy, changed_fleet, run_toy, toy_experiment, toy_weights
 
 IMAGES = Path(__file__).parents[2] / "docs" / "images"
 SITES = ("Danube", "Ebro", "Loire", "Tagus", "Vistula")
@@ -36,6 +36,7 @@ def like_a_study(site, instructions, answer):
     dice = 0.25 + 0.6 * (1 - math.exp(-number / (3 + place))) - 0.03 * place + 0.02 * math.sin(3 * number + place)
     return replace(
         answer,
+        delta={name: 0.1 * array for name, array in toy_weights(place).items()} if answer.delta else {},
         num_cases=(212, 77, 98, 61, 140)[place],
         sums={"cases": 2.0, "failures": 0.0, "dice/liver/sum": 2 * dice, "dice/liver/count": 2.0}
         if answer.sums
