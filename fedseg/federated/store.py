@@ -288,7 +288,8 @@ class RunStore:
             server_round,
         )
         if row and update.manifest and row[0] != update.manifest:
-            log.warning("the data of %s have changed since round %d", update.site, row[1])
+            about = {"round": server_round, "site": update.site}
+            log.warning("the data of %s have changed since round %d", update.site, row[1], extra=about)
             self.event("data-changed", server_round, update.site, f"since round {row[1]}")
 
     def _write_metrics(self, server_round: int, metrics: SiteScores) -> None:
