@@ -31,16 +31,14 @@ def runs(folder: Annotated[Path, typer.Argument(help="Folder to search.")] = Pat
 
 
 def show(directory: RunDirectory, run: RunName = "federated") -> None:
-    """Tell a run round by round."""
+    """Tell a run round by round; the cosine is the lowest of the sites, between their update and the joint one."""
     from rich.console import Console
     from rich.table import Table
 
     from fedseg.coordinator.history import rounds_of, sparkline
 
     console, stories = Console(highlight=False), rounds_of(directory, run)
-    table = Table(
-        "round", "sites", "cases", "loss", "Dice", "worst site", "lowest cosine", "MB", "seconds", "what went wrong"
-    )
+    table = Table("round", "sites", "cases", "loss", "Dice", "worst site", "cosine", "MB", "seconds", "what went wrong")
     for story in stories:
         loss, dice, worst = (
             f"{value:.3f}" if value is not None else "" for value in (story.loss, story.dice, story.worst)

@@ -120,6 +120,15 @@ def test_answers_are_yielded_as_they_arrive() -> None:
     assert [answer.site for answer in fleet.exchange(INSTRUCTIONS, sites, None)] == ["Elbe", "Aare"]
 
 
+def test_all_requests_are_handed_over_before_the_first_answer_is_waited_for() -> None:
+    grid = LoopGrid({1: echo("Aare"), 2: echo("Elbe")})
+    fleet = FlowerFleet(grid)
+    sites, before = list(fleet.sites()), len(grid.carried)
+    answers = fleet.exchange(INSTRUCTIONS, sites, None)
+    assert len(grid.carried) > before, "Flower has carried them to the nodes, which have answered"
+    assert {answer.site for answer in answers} == {"Aare", "Elbe"}
+
+
 def test_a_site_that_misses_the_deadline_is_late() -> None:
     grid = LoopGrid({1: echo("Aare"), 2: echo("Elbe")})
     fleet = FlowerFleet(grid)
