@@ -21,7 +21,7 @@ FORMAT = 1
 
 
 @dataclass(frozen=True)
-class Effect:
+class EffectKind:
     """One way in which an image differs."""
 
     stage: Stage
@@ -36,7 +36,7 @@ class Effect:
 
 
 @dataclass(frozen=True)
-class Habit:
+class HabitKind:
     """One way in which an annotator differs."""
 
     strengths: Five
@@ -48,31 +48,33 @@ class Habit:
 _MR: tuple[Modality, ...] = ("mr",)
 _CT: tuple[Modality, ...] = ("ct",)
 
-EFFECTS: dict[str, Effect] = {
-    "coarser": Effect(
+EFFECTS: dict[str, EffectKind] = {
+    "coarser": EffectKind(
         "geometry", (1.35, 2, 2.5, 4, 5.5), (1, 10), "times the voxel size", "larger voxels, with their affine"
     ),
-    "orientation": Effect("geometry", (1, 2, 3, 4, 5), (1, 5), "number of the frame", "axes stored in another order"),
-    "field-of-view": Effect(
+    "orientation": EffectKind(
+        "geometry", (1, 2, 3, 4, 5), (1, 5), "number of the frame", "axes stored in another order"
+    ),
+    "field-of-view": EffectKind(
         "geometry", (0.97, 0.93, 0.9, 0.85, 0.8), (0.1, 1), "share kept of each side", "a tight box"
     ),
-    "pose": Effect(
+    "pose": EffectKind(
         "geometry", (8, 15.5, 22, 30, 38), (0, 45), "degrees, and fifths of a voxel", "a patient who lies askew"
     ),
-    "thick-slices": Effect(
+    "thick-slices": EffectKind(
         "resolution", (2.5, 4.5, 7, 10, 15), (1, 20), "voxels per slice", "thick slices along one axis"
     ),
-    "low-resolution": Effect("resolution", (1.2, 2, 3.6, 4.7, 5.8), (1, 20), "voxels per voxel", "a coarse matrix"),
-    "blur": Effect(
+    "low-resolution": EffectKind("resolution", (1.2, 2, 3.6, 4.7, 5.8), (1, 20), "voxels per voxel", "a coarse matrix"),
+    "blur": EffectKind(
         "resolution", (0.65, 1, 1.8, 2.45, 3.1), (0, 10), "voxels, standard deviation", "a soft kernel, lost focus"
     ),
-    "gamma-bright": Effect(
+    "gamma-bright": EffectKind(
         "contrast", (2.2, 3.5, 5, 7, 10), (1, 10), "root that is taken", "dark tissue turned up", _MR
     ),
-    "gamma-dark": Effect(
+    "gamma-dark": EffectKind(
         "contrast", (1.55, 2.1, 3.1, 5.8, 10), (1, 10), "power that is taken", "dark tissue turned down", _MR
     ),
-    "contrast-curve": Effect(
+    "contrast-curve": EffectKind(
         "contrast",
         (1, 1.35, 1.65, 1.93, 2.2),
         (0, 5),
@@ -80,7 +82,7 @@ EFFECTS: dict[str, Effect] = {
         "another field strength or echo time",
         _MR,
     ),
-    "contrast-reversal": Effect(
+    "contrast-reversal": EffectKind(
         "contrast",
         (0.06, 0.09, 0.12, 0.18, 1),
         (0, 1),
@@ -88,7 +90,7 @@ EFFECTS: dict[str, Effect] = {
         "T1 weighting becomes T2 weighting",
         _MR,
     ),
-    "bias-field": Effect(
+    "bias-field": EffectKind(
         "shading",
         (0.14, 0.2, 0.28, 0.38, 0.48),
         (0, 2),
@@ -96,15 +98,15 @@ EFFECTS: dict[str, Effect] = {
         "a surface coil, a high field",
         _MR,
     ),
-    "motion": Effect(
+    "motion": EffectKind(
         "artefact",
-        (0.9, 1.8, 3.5, 7, 11),
+        (0.9, 1.8, 3.2, 5, 7.5),
         (0, 30),
         "voxels moved, and degrees",
         "a patient who moves twice during the scan",
         _MR,
     ),
-    "ghosting": Effect(
+    "ghosting": EffectKind(
         "artefact",
         (0.8, 1.4, 2, 2.7, 3.7),
         (0, 5),
@@ -112,7 +114,7 @@ EFFECTS: dict[str, Effect] = {
         "breathing, pulse",
         _MR,
     ),
-    "spike": Effect(
+    "spike": EffectKind(
         "artefact",
         (0.15, 0.21, 0.29, 0.38, 0.48),
         (0, 10),
@@ -120,10 +122,10 @@ EFFECTS: dict[str, Effect] = {
         "a spark, a loose cable",
         _MR,
     ),
-    "gibbs": Effect(
+    "gibbs": EffectKind(
         "artefact", (0.45, 0.6, 0.7, 0.76, 0.82), (0, 0.98), "share of k-space cut off", "too few lines: ringing", _MR
     ),
-    "noise": Effect(
+    "noise": EffectKind(
         "noise",
         (0.12, 0.18, 0.26, 0.38, 0.52),
         (0, 5),
@@ -131,17 +133,17 @@ EFFECTS: dict[str, Effect] = {
         "low field, fast protocol",
         _MR,
     ),
-    "gain": Effect(
+    "gain": EffectKind(
         "storage", (0.1, 0.2, 0.4, 0.8, 1.6), (0, 10), "largest change of scale and offset", "other units", _MR
     ),
-    "clipping": Effect(
+    "clipping": EffectKind(
         "storage", (0.08, 0.13, 0.19, 0.3, 0.48), (0, 0.49), "share of voxels at each end", "a saturated receiver", _MR
     ),
-    "grey-levels": Effect("storage", (15, 12, 9, 7, 5), (2, 65536), "grey levels", "storage in few bits", _MR),
-    "sharp-kernel": Effect(
+    "grey-levels": EffectKind("storage", (15, 12, 9, 7, 5), (2, 65536), "grey levels", "storage in few bits", _MR),
+    "sharp-kernel": EffectKind(
         "resolution", (0.5, 1, 2, 3, 5), (0, 20), "times the fine detail, added", "a bone kernel", _CT
     ),
-    "metal": Effect(
+    "metal": EffectKind(
         "artefact",
         (10, 25, 50, 100, 200),
         (0, 5000),
@@ -149,7 +151,7 @@ EFFECTS: dict[str, Effect] = {
         "an implant: streaks and a bright insert",
         _CT,
     ),
-    "dose": Effect(
+    "dose": EffectKind(
         "noise",
         (10, 20, 35, 60, 100),
         (0, 1000),
@@ -157,8 +159,8 @@ EFFECTS: dict[str, Effect] = {
         "a low dose: noise with the grain of the kernel",
         _CT,
     ),
-    "hu-offset": Effect("storage", (10, 20, 40, 60, 100), (-1000, 1000), "HU", "a scanner out of calibration", _CT),
-    "window": Effect(
+    "hu-offset": EffectKind("storage", (10, 20, 40, 60, 100), (-1000, 1000), "HU", "a scanner out of calibration", _CT),
+    "window": EffectKind(
         "storage",
         (400, 300, 200, 150, 100),
         (10, 5000),
@@ -169,18 +171,24 @@ EFFECTS: dict[str, Effect] = {
 }
 """Of scanners, by name."""
 
-HABITS: dict[str, Habit] = {
-    "generous": Habit((0.03, 0.07, 0.12, 0.18, 0.25), (0, 1), "share of volume added", "outlines outside the border"),
-    "tight": Habit((0.03, 0.07, 0.12, 0.18, 0.25), (0, 0.9), "share of volume left out", "outlines inside the border"),
-    "unsteady": Habit((0.3, 0.6, 1, 1.6, 2.5), (0, 3), "roughness", "a quick hand: the border wobbles"),
-    "moved-face": Habit(
+HABITS: dict[str, HabitKind] = {
+    "generous": HabitKind(
+        (0.03, 0.07, 0.12, 0.18, 0.25), (0, 1), "share of volume added", "outlines outside the border"
+    ),
+    "tight": HabitKind(
+        (0.03, 0.07, 0.12, 0.18, 0.25), (0, 0.9), "share of volume left out", "outlines inside the border"
+    ),
+    "unsteady": HabitKind((0.3, 0.6, 1, 1.6, 2.5), (0, 3), "roughness", "a quick hand: the border wobbles"),
+    "moved-face": HabitKind(
         (1, 1.5, 2, 3, 4), (0, 50), "voxels", "another rule for where one structure ends and the next begins"
     ),
-    "flat": Habit((0.7, 1, 1.5, 2, 3), (0, 20), "voxels, standard deviation", "smoothed slice by slice in one plane"),
-    "missed": Habit(
+    "flat": HabitKind(
+        (0.7, 1, 1.5, 2, 3), (0, 20), "voxels, standard deviation", "smoothed slice by slice in one plane"
+    ),
+    "missed": HabitKind(
         (0.05, 0.1, 0.2, 0.35, 0.5), (0, 1), "chance, for each structure", "structures that were not labelled"
     ),
-    "merged": Habit(
+    "merged": HabitKind(
         (0.1, 0.25, 0.5, 0.75, 1), (0, 1), "chance, for each case", "neighbours under one label, the first's"
     ),
 }

@@ -26,7 +26,7 @@ class _Dose(Section):
     probability: Fraction = 1.0
     """Share of cases that have it."""
 
-    def _require(self, known: Mapping[str, catalogue.Effect | catalogue.Habit]) -> None:
+    def _require(self, known: Mapping[str, catalogue.EffectKind | catalogue.HabitKind]) -> None:
         if self.name not in known:
             near = difflib.get_close_matches(self.name, known, n=1)
             raise ValueError(
