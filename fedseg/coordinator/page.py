@@ -99,13 +99,13 @@ def _progress(store: Store, run: sqlite3.Row, waiting: Waiting | None) -> dict[s
 
 
 def _study(state: Path | None) -> dict[str, Any]:
-    """What the supervisor adds; its last trouble is a sentence with paths and stays where it is."""
+    """What the supervisor adds; the trouble itself is a sentence with paths and stays where it is."""
     if state is None:
         return {"restarts": 0, "trouble": False}
     try:
         status = read_status(state)
         restarts = sum(count for count in status["restarts"].values() if isinstance(count, int))
-        return {"study": str(status["study"]), "restarts": restarts, "trouble": bool(status["problem"])}
+        return {"study": str(status["study"]), "restarts": restarts, "trouble": bool(status["problem"]) and not status.get("problem_over")}
     except (ConfigError, KeyError, AttributeError):
         return {"restarts": 0, "trouble": False}
 
