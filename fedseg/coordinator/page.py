@@ -105,7 +105,8 @@ def _study(state: Path | None) -> dict[str, Any]:
     try:
         status = read_status(state)
         restarts = sum(count for count in status["restarts"].values() if isinstance(count, int))
-        return {"study": str(status["study"]), "restarts": restarts, "trouble": bool(status["problem"]) and not status.get("problem_over")}
+        trouble = bool(status["problem"]) and not status.get("problem_over")
+        return {"study": str(status["study"]), "restarts": restarts, "trouble": trouble}
     except (ConfigError, KeyError, AttributeError):
         return {"restarts": 0, "trouble": False}
 
