@@ -141,11 +141,11 @@ EFFECTS: dict[str, EffectKind] = {
     ),
     "grey-levels": EffectKind("storage", (15, 12, 9, 7, 5), (2, 65536), "grey levels", "storage in few bits", _MR),
     "sharp-kernel": EffectKind(
-        "resolution", (0.5, 1, 2, 3, 5), (0, 20), "times the fine detail, added", "a bone kernel", _CT
+        "resolution", (1.1, 1.9, 2.9, 5, 9), (0, 20), "times the fine detail, added", "a bone kernel", _CT
     ),
     "metal": EffectKind(
         "artefact",
-        (10, 25, 50, 100, 200),
+        (30, 57, 97, 160, 300),
         (0, 5000),
         "HU of the streaks",
         "an implant: streaks and a bright insert",
@@ -153,16 +153,18 @@ EFFECTS: dict[str, EffectKind] = {
     ),
     "dose": EffectKind(
         "noise",
-        (10, 20, 35, 60, 100),
+        (45, 80, 120, 170, 250),
         (0, 1000),
         "HU, standard deviation",
         "a low dose: noise with the grain of the kernel",
         _CT,
     ),
-    "hu-offset": EffectKind("storage", (10, 20, 40, 60, 100), (-1000, 1000), "HU", "a scanner out of calibration", _CT),
+    "hu-offset": EffectKind(
+        "storage", (40, 80, 120, 160, 200), (-1000, 1000), "HU", "a scanner out of calibration", _CT
+    ),
     "window": EffectKind(
         "storage",
-        (400, 300, 200, 150, 100),
+        (150, 100, 70, 50, 30),
         (10, 5000),
         "HU kept around soft tissue (40 HU)",
         "stored through a viewer's window",
