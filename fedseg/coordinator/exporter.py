@@ -9,12 +9,11 @@ import json
 import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args, get_type_hints
+from typing import get_args, get_type_hints
 
 from prometheus_client import CollectorRegistry
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
 from fedseg import __version__
@@ -25,25 +24,7 @@ from fedseg.endpoint import Endpoint, listen
 from fedseg.federated.messages import SiteFailure
 from fedseg.federated.phases import PHASES
 from fedseg.federated.waiting import read_waiting
-
-Kind = Literal["gauge", "counter"]
-
-
-@dataclass(frozen=True)
-class Series:
-    """One metric of the catalogue."""
-
-    name: str
-    """Without the `_total` of counters."""
-    kind: Kind
-    labels: tuple[str, ...]
-    help: str
-
-    @property
-    def exposed_name(self) -> str:
-        """As it stands in queries."""
-        return f"{self.name}_total" if self.kind == "counter" else self.name
-
+from fedseg.series import Samples, Series, markdown_table
 
 CATALOGUE: dict[str, Series] = {
     series.name: series
@@ -148,8 +129,7 @@ _HIGHER_IS_BETTER = ("dice", "surface_dice")
 
 def catalogue_table() -> str:
     """The catalogue as a Markdown table."""
-    rows = [f"| `{s.exposed_name}` | {s.kind} | {', '.join(s.labels)} | {s.help} |" for s in CATALOGUE.values()]
-    return "\n".join(["| series | type | labels | meaning |", "| --- | --- | --- | --- |", *rows])
+    return markdown_table(CATALOGUE.values())
 
 
 class RunCollector(Collector):
@@ -164,34 +144,13 @@ class RunCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """All series of all runs in the directory."""
-        samples = Samples()
+        samples = Samples(CATALOGUE)
         folder, _ = places(self._directory)
         with reader(folder) as store:
             for run in store("SELECT * FROM runs ORDER BY run"):
                 _of_run(samples, store, run)
                 _of_now(samples, store, run, folder)
         yield from samples.families()
-
-
-class Samples:
-    """Samples by series, checked against the catalogue."""
-
-    def __init__(self) -> None:
-        self._families: dict[str, Metric] = {}
-
-    def add(self, name: str, value: float | None, *labels: str) -> None:
-        """Take in a sample; None is none."""
-        if value is None:
-            return
-        series = CATALOGUE[name]
-        if name not in self._families:
-            family = GaugeMetricFamily if series.kind == "gauge" else CounterMetricFamily
-            self._families[name] = family(name, series.help, labels=series.labels)
-        self._families[name].add_metric(labels, value)  # type: ignore[attr-defined]
-
-    def families(self) -> Iterator[Metric]:
-        """What was taken in, series by series."""
-        yield from self._families.values()
 
 
 def _of_run(samples: Samples, store: Store, run: sqlite3.Row) -> None:

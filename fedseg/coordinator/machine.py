@@ -8,13 +8,14 @@ from pathlib import Path
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
-from fedseg.coordinator.exporter import Samples
+from fedseg.coordinator.exporter import CATALOGUE
 from fedseg.coordinator.state import read_status
 from fedseg.coordinator.watch import online_nodes
 from fedseg.credentials import load_certificate
 from fedseg.errors import ConfigError, KitError
 from fedseg.kit import Kit, load_roster
 from fedseg.members import read_who
+from fedseg.series import Samples
 
 
 class MachineCollector(Collector):
@@ -30,7 +31,7 @@ class MachineCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """All series that can be read just now."""
-        samples = Samples()
+        samples = Samples(CATALOGUE)
         for part in (self._certificates, self._disk, self._restarts, self._connections):
             with suppress(ConfigError, KitError, OSError):  # half a copy of a kit, a study that is just beginning
                 part(samples)
