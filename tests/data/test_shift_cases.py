@@ -159,7 +159,7 @@ def test_missed_structures_are_left_out_and_one_stays():
 
 def test_merged_structures_share_the_first_one_s_value():
     _, label = two_structures()
-    assert np.array_equal(annotate(label, annotator("merged", 5), 0, "a"), (label > 0).astype(np.uint8))
+    assert np.array_equal(annotate(label, annotator("merged", strength=1.0), 0, "a"), (label > 0).astype(np.uint8))
 
 
 def test_a_habit_can_be_about_one_structure():

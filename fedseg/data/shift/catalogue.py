@@ -56,27 +56,29 @@ EFFECTS: dict[str, EffectKind] = {
         "geometry", (1, 2, 3, 4, 5), (1, 5), "number of the frame", "axes stored in another order"
     ),
     "field-of-view": EffectKind(
-        "geometry", (0.97, 0.93, 0.9, 0.85, 0.8), (0.1, 1), "share kept of each side", "a tight box"
+        "geometry", (0.97, 0.93, 0.885, 0.835, 0.76), (0.1, 1), "share kept of each side", "a tight box"
     ),
     "pose": EffectKind(
-        "geometry", (8, 15.5, 22, 30, 38), (0, 45), "degrees, and fifths of a voxel", "a patient who lies askew"
+        "geometry", (8, 15, 21.5, 28.5, 36.5), (0, 45), "degrees, and fifths of a voxel", "a patient who lies askew"
     ),
     "thick-slices": EffectKind(
-        "resolution", (2.5, 4.5, 7, 10, 15), (1, 20), "voxels per slice", "thick slices along one axis"
+        "resolution", (2.3, 4, 6.7, 10, 14), (1, 20), "voxels per slice", "thick slices along one axis"
     ),
-    "low-resolution": EffectKind("resolution", (1.2, 2, 3.6, 4.7, 5.8), (1, 20), "voxels per voxel", "a coarse matrix"),
+    "low-resolution": EffectKind(
+        "resolution", (1.15, 1.8, 2.9, 4.2, 5.4), (1, 20), "voxels per voxel", "a coarse matrix"
+    ),
     "blur": EffectKind(
-        "resolution", (0.65, 1, 1.8, 2.45, 3.1), (0, 10), "voxels, standard deviation", "a soft kernel, lost focus"
+        "resolution", (0.65, 0.95, 1.5, 2.1, 2.75), (0, 10), "voxels, standard deviation", "a soft kernel, lost focus"
     ),
     "gamma-bright": EffectKind(
         "contrast", (2.2, 3.5, 5, 7, 10), (1, 10), "root that is taken", "dark tissue turned up", _MR
     ),
     "gamma-dark": EffectKind(
-        "contrast", (1.55, 2.1, 3.1, 5.8, 10), (1, 10), "power that is taken", "dark tissue turned down", _MR
+        "contrast", (1.35, 1.8, 2.5, 4.8, 10), (1, 10), "power that is taken", "dark tissue turned down", _MR
     ),
     "contrast-curve": EffectKind(
         "contrast",
-        (1, 1.35, 1.65, 1.93, 2.2),
+        (1.05, 1.4, 1.72, 2, 2.28),
         (0, 5),
         "bend: at 1 flat in places, then falling",
         "another field strength or echo time",
@@ -84,7 +86,7 @@ EFFECTS: dict[str, EffectKind] = {
     ),
     "contrast-reversal": EffectKind(
         "contrast",
-        (0.06, 0.09, 0.12, 0.18, 1),
+        (0.05, 0.075, 0.11, 0.165, 1),
         (0, 1),
         "share of voxels reversed, the darkest",
         "T1 weighting becomes T2 weighting",
@@ -92,7 +94,7 @@ EFFECTS: dict[str, EffectKind] = {
     ),
     "bias-field": EffectKind(
         "shading",
-        (0.14, 0.2, 0.28, 0.38, 0.48),
+        (0.145, 0.21, 0.29, 0.38, 0.46),
         (0, 2),
         "standard deviation of the log gain",
         "a surface coil, a high field",
@@ -100,7 +102,7 @@ EFFECTS: dict[str, EffectKind] = {
     ),
     "motion": EffectKind(
         "artefact",
-        (0.9, 1.8, 3.2, 5, 7.5),
+        (0.75, 1.5, 2.9, 5, 7.5),
         (0, 30),
         "voxels moved, and degrees",
         "a patient who moves twice during the scan",
@@ -108,7 +110,7 @@ EFFECTS: dict[str, EffectKind] = {
     ),
     "ghosting": EffectKind(
         "artefact",
-        (0.8, 1.4, 2, 2.7, 3.7),
+        (0.7, 1.2, 1.85, 2.55, 3.5),
         (0, 5),
         "times the signal taken off every fourth line",
         "breathing, pulse",
@@ -116,18 +118,18 @@ EFFECTS: dict[str, EffectKind] = {
     ),
     "spike": EffectKind(
         "artefact",
-        (0.15, 0.21, 0.29, 0.38, 0.48),
+        (0.12, 0.19, 0.28, 0.37, 0.48),
         (0, 10),
         "stripes' height in mean signals",
         "a spark, a loose cable",
         _MR,
     ),
     "gibbs": EffectKind(
-        "artefact", (0.45, 0.6, 0.7, 0.76, 0.82), (0, 0.98), "share of k-space cut off", "too few lines: ringing", _MR
+        "artefact", (0.45, 0.58, 0.7, 0.77, 0.81), (0, 0.98), "share of k-space cut off", "too few lines: ringing", _MR
     ),
     "noise": EffectKind(
         "noise",
-        (0.12, 0.18, 0.26, 0.38, 0.52),
+        (0.1, 0.17, 0.25, 0.36, 0.5),
         (0, 5),
         "share of bright tissue (Rician)",
         "low field, fast protocol",
@@ -137,9 +139,14 @@ EFFECTS: dict[str, EffectKind] = {
         "storage", (0.1, 0.2, 0.4, 0.8, 1.6), (0, 10), "largest change of scale and offset", "other units", _MR
     ),
     "clipping": EffectKind(
-        "storage", (0.08, 0.13, 0.19, 0.3, 0.48), (0, 0.49), "share of voxels at each end", "a saturated receiver", _MR
+        "storage",
+        (0.06, 0.105, 0.165, 0.265, 0.48),
+        (0, 0.49),
+        "share of voxels at each end",
+        "a saturated receiver",
+        _MR,
     ),
-    "grey-levels": EffectKind("storage", (15, 12, 9, 7, 5), (2, 65536), "grey levels", "storage in few bits", _MR),
+    "grey-levels": EffectKind("storage", (18, 14, 11, 7, 5), (2, 65536), "grey levels", "storage in few bits", _MR),
     "sharp-kernel": EffectKind(
         "resolution", (1.1, 1.9, 2.9, 5, 9), (0, 20), "times the fine detail, added", "a bone kernel", _CT
     ),
@@ -188,10 +195,10 @@ HABITS: dict[str, HabitKind] = {
         (0.7, 1, 1.5, 2, 3), (0, 20), "voxels, standard deviation", "smoothed slice by slice in one plane"
     ),
     "missed": HabitKind(
-        (0.05, 0.1, 0.2, 0.35, 0.5), (0, 1), "chance, for each structure", "structures that were not labelled"
+        (0.01, 0.03, 0.07, 0.15, 0.3), (0, 1), "chance, for each structure", "structures that were not labelled"
     ),
     "merged": HabitKind(
-        (0.1, 0.25, 0.5, 0.75, 1), (0, 1), "chance, for each case", "neighbours under one label, the first's"
+        (0.02, 0.05, 0.1, 0.25, 0.5), (0, 1), "chance, for each case", "neighbours under one label, the first's"
     ),
 }
 """Of annotators, by name."""

@@ -166,10 +166,14 @@ def _loaded(value: Any, info: ValidationInfo) -> Any:
         raise ValueError(str(error)) from None
 
 
+Scanner = Annotated[ScannerProfile, BeforeValidator(_loaded)]
+"""In a file: the name of a profile, a path to one, or a table."""
+
+
 class Shift(Section):
     """What makes a simulated hospital's cases its own. For simulations only: a real hospital has a scanner."""
 
-    scanner: Annotated[ScannerProfile, BeforeValidator(_loaded)] | None = None
+    scanner: Scanner | None = None
     """In the file: the name of a profile (`fedseg data profiles`), a path to one, or a table."""
     annotator: Annotator | None = None
     """Who draws the labels that are trained on."""
