@@ -24,8 +24,25 @@ KitFolder = Annotated[Path, typer.Argument(help="The kit's folder.")]
 SiteFile = Annotated[Path | None, typer.Option("--site", help="Site file; absent: site.toml in the kit.")]
 
 
+WebConfig = Annotated[
+    Path | None,
+    typer.Option(help="Who may ask, as Prometheus' exporters want it told: TLS, passwords, tokens (docs/metrics.md)."),
+]
+
+
 @app.command()
-def start(kit: KitFolder = Path(), site: SiteFile = None) -> None:
+def start(
+    kit: KitFolder = Path(),
+    site: SiteFile = None,
+    metrics: Annotated[
+        int | None,
+        typer.Option(min=1, max=65535, help="Port on which your own Prometheus finds the site's series: 9465."),
+    ] = None,
+    metrics_host: Annotated[
+        str, typer.Option(help="Address of that port; any but the loopback device's needs --web-config.")
+    ] = "127.0.0.1",
+    web_config: WebConfig = None,
+) -> None:
     """Run site service and gate until Ctrl-C or SIGTERM; what ends is started again."""
     import signal
 
@@ -34,7 +51,7 @@ def start(kit: KitFolder = Path(), site: SiteFile = None) -> None:
     from fedseg import logs
     from fedseg.kit import load_kit
     from fedseg.site.approval import approvals
-    from fedseg.site.start import Household
+    from fedseg.site.start import Household, Scraped
 
     console = Console(highlight=False, soft_wrap=True)
     opened = load_kit(kit)
@@ -43,7 +60,8 @@ def start(kit: KitFolder = Path(), site: SiteFile = None) -> None:
         logs.say(warning) if logs.is_json() else console.print(warning, style="yellow")
     logs.always_about(site=opened.config.site)
     tell = logs.say if logs.is_json() else lambda text: console.print(f"{_now()} {text}")
-    household = Household(opened, site or kit / "site.toml", tell=tell)
+    watched = None if metrics is None else Scraped(metrics, metrics_host, web_config)
+    household = Household(opened, site or kit / "site.toml", tell=tell, scraped=watched)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: household.stop.set())
     household.run()
@@ -187,6 +205,37 @@ def status(
         typer.echo(MessageToJson(found, preserving_proto_field_name=True))
     else:
         Console(highlight=False).print(_status_table(found))
+
+
+@app.command()
+def metrics(
+    kit: KitFolder = Path(),
+    socket: Annotated[
+        Path | None, typer.Option(help="Socket of the site service; absent: as the site file says.")
+    ] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any that is free.")] = 9465,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; any but the loopback device's needs --web-config.")
+    ] = "127.0.0.1",
+    web_config: WebConfig = None,
+    once: Annotated[bool, typer.Option("--once", help="Print the series and end; exit 1 if nobody answers.")] = False,
+) -> None:
+    """Show the site to your own Prometheus, which asks here; docs/hospital.md lists the series. The coordinator sees none."""
+    import logging
+    import threading
+
+    from fedseg.endpoint import listen
+    from fedseg.site.scrape import scraped, scraping_app, socket_in
+
+    asked = socket or socket_in(kit / "site.toml" if kit.is_dir() else kit)
+    if once:
+        text = scraped(asked)
+        typer.echo(text, nl=False)
+        raise typer.Exit(0 if "\nfedseg_site_service_up 1\n" in text else 1)
+    logging.getLogger("fedseg").setLevel(logging.INFO)
+    server, _ = listen(scraping_app(asked), host, port, web_config)
+    typer.echo(f"series of the site for Prometheus are on {server.url}metrics", err=True)
+    threading.Event().wait()
 
 
 @app.command()

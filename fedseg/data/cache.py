@@ -12,11 +12,12 @@ import shutil
 import time
 import uuid
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +30,8 @@ _CHUNK = 1 << 22
 
 _verified: dict[Path, tuple[int, int]] = {}
 """Size and modification time of the files whose checksum this process has already verified."""
+lookups: Counter[Literal["hit", "miss"]] = Counter()
+"""What came of looking for entries in this process."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,13 @@ class Cache:
             self._sweep()
 
     def load(self, key: str) -> Entry | None:
-        """The entry, or None where there is none or it is damaged (which removes it)."""
+        """The entry, or None where there is none or it is damaged (which removes it); counted in `lookups`."""
+        entry = self.open(key)
+        lookups["miss" if entry is None else "hit"] += 1
+        return entry
+
+    def open(self, key: str) -> Entry | None:
+        """Like `load`, uncounted: for what was just saved."""
         folder = self._folder(key)
         try:
             crc, document = (folder / "entry.json").read_bytes().split(b"\n", 1)

@@ -335,7 +335,7 @@ def _load_or_prepare(
             "foreground": np.concatenate(points),
         }
         store.save(key, arrays, fresh.geometry.to_dict())
-        entry = store.load(key) or Entry(arrays, fresh.geometry.to_dict())
+        entry = store.open(key) or Entry(arrays, fresh.geometry.to_dict())
     points_D4 = np.asarray(entry.arrays["foreground"])
     foreground = {int(v): points_D4[points_D4[:, 0] == v, 1:] for v in np.unique(points_D4[:, 0])}
     geometry = PreparedGeometry.from_dict(entry.about)

@@ -33,7 +33,7 @@ from fedseg.models import build_model
 from fedseg.models.pretrained import WarmStart, load_pretrained
 from fedseg.models.registry import ARCHITECTURES
 from fedseg.site.config import SiteConfig
-from fedseg.training import train_locally
+from fedseg.training import TrainingReport, train_locally
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +73,8 @@ class Site:
         self._seeded_noise = seeded_noise
         self.parts = 1
         """As many steps as so many sites take in an epoch, where the experiment says how many that are."""
+        self.last_training: TrainingReport | None = None
+        """For those who look on at the site; of it `__call__` returns what the server may know."""
         self._data: dict[str, SiteData] = {}
 
     def __call__(self, instructions: RoundInstructions) -> SiteUpdate:
@@ -202,6 +204,7 @@ class Site:
             progress=(server_round - 1) / federation.rounds,
             device=device,
         )
+        self.last_training = report
         return {
             "loss": report.loss,
             "steps": float(report.steps),

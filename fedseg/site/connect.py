@@ -15,7 +15,7 @@ import grpc
 
 from fedseg.errors import ConfigError, SiteUnreachable
 from fedseg.site.pieces import cut, join
-from fedseg.site.wire.site_pb2 import CancelRequest, DescribeRequest, Description, Progress
+from fedseg.site.wire.site_pb2 import CancelRequest, DescribeRequest, Description, MetricsRequest, Progress
 from fedseg.site.wire.site_pb2_grpc import SiteStub
 
 log = logging.getLogger(__name__)
@@ -99,6 +99,18 @@ class Connection:
     def cancel(self) -> bool:
         """End the round that is running; False if there is none."""
         return bool(self._patiently(lambda: self._stub.Cancel(CancelRequest(), timeout=10)).cancelled)
+
+    def metrics(self) -> str:
+        """The site's series in Prometheus' text format; a service that is down is not waited for.
+
+        Raises:
+            SiteUnreachable: nobody listens, or the service takes too long.
+        """
+        try:
+            return str(self._stub.Metrics(MetricsRequest(), timeout=self._patience).text)
+        except grpc.RpcError as error:
+            code = error.code() if isinstance(error, grpc.Call) else grpc.StatusCode.UNKNOWN
+            raise SiteUnreachable(f"{self._socket}: the site service does not answer: {code.name}") from error
 
     def _patiently(self, call: Callable[[], T]) -> T:
         for attempt in range(1, ATTEMPTS + 1):

@@ -15,14 +15,16 @@ from typing import Any
 
 from fedseg import logs
 from fedseg.config import Experiment, parse_experiment
-from fedseg.errors import PolicyRefused, RoundCancelled, SiteAbstained
+from fedseg.data.cache import lookups
+from fedseg.errors import AuditError, PolicyRefused, RoundCancelled, SiteAbstained
 from fedseg.federated.document import Buffer
 from fedseg.federated.messages import Answer, RoundInstructions, SiteFailure, SiteUpdate
 from fedseg.federated.site import Site, Watch
 from fedseg.site.audit import AuditLog, rounds_done, what_left
 from fedseg.site.config import SiteConfig
 from fedseg.site.manifest import DataManifest, changes, load, make_manifest, save, sign
-from fedseg.site.policy import check_cases, check_request, only_allowed
+from fedseg.site.policy import Policy, check_cases, check_request, only_allowed
+from fedseg.site.tally import STRUCTURES_SHOWN, Tally
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +63,7 @@ class Desk:
         self.config = config
         config.state_folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._log = AuditLog(config.audit_log)
+        self.tally = Tally(config.audit_log)
         self._site = Site(config)
         self._manifest = load(config.manifest) if config.manifest.exists() else None
 
@@ -78,15 +81,17 @@ class Desk:
         """
         request = _Request(train, watch)
         request.asked = {"kind": "train" if train else "evaluate", "bytes": len(document), "sha256": _sha256(document)}
-        self._site.watch = request.watched
+        self._site.watch, before = request.watched, lookups.copy()
         answer = self._answer(document, request)
         buffers: list[Buffer] = []
         left: dict[str, Any] = {"reason": answer.reason} if isinstance(answer, SiteFailure) else {}
         if isinstance(answer, SiteUpdate):
             buffers = answer.buffers()
             left = what_left(answer, _sha256(*buffers), sum(len(memoryview(buffer).cast("B")) for buffer in buffers))
+        if looked := lookups - before:
+            request.report["cache"] = dict(looked)
         seconds = round(time.monotonic() - request.begun, 3)
-        self._log.append(
+        self._write(
             {"event": "request", "asked": request.asked, "decided": request.decided, "rule": request.rule,
              "seconds": seconds, **request.report, "left": left}
         )  # fmt: skip
@@ -94,7 +99,15 @@ class Desk:
 
     def note(self, event: str, **details: Any) -> None:
         """Write something else into the audit log."""
-        self._log.append({"event": event, **details})
+        self._write({"event": event, **details})
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        try:
+            written = self._log.append(entry)
+        except AuditError:
+            self.tally.unwritten()
+            raise
+        self.tally.take(written)
 
     def _answer(self, document: Buffer, request: _Request) -> Answer:
         """Like `answer_safely`: an error leaves as its class, a decision as its code."""
@@ -138,8 +151,12 @@ class Desk:
         check_cases(policy, len(data.training.cases))
         update = self._site(instructions)
         request.report = {"cases": update.num_cases, "training": dict(update.training), "manifest": manifest}
+        if request.train and self._site.last_training is not None:
+            request.report["patches"] = self._site.last_training.cases
         update = replace(update, manifest=manifest)
-        return only_allowed(policy, update, experiment.task.structures, validation_cases=len(data.validation.cases))
+        update = only_allowed(policy, update, experiment.task.structures, validation_cases=len(data.validation.cases))
+        request.report |= _told(update, policy)
+        return update
 
     def _current_manifest(self, request: _Request) -> str:
         """Digest of what is in the data folder now; if that has changed, volumes are read anew."""
@@ -163,7 +180,7 @@ class Desk:
         signature = sign(manifest, Path(key)) if key is not None else b""
         save(manifest, self.config.manifest, signature)
         before = self._manifest.digest() if self._manifest is not None else None
-        self._log.append({"event": "data", "before": before, "manifest": manifest.digest(), "signed": key is not None})
+        self._write({"event": "data", "before": before, "manifest": manifest.digest(), "signed": key is not None})
         self._manifest = manifest
 
 
@@ -176,6 +193,24 @@ def _asked(instructions: RoundInstructions, experiment: Experiment, digest: str)
         "local_epochs": experiment.federation.local_epochs,
         "surface": instructions.surface,
     }
+
+
+def _told(update: SiteUpdate, policy: Policy) -> dict[str, Any]:
+    """Scores and counts that leave, as the hospital's own series show them."""
+    told: dict[str, Any] = {}
+    if "cases" in update.sums:
+        told["validation_cases"] = int(update.sums["cases"])
+    dice = {
+        label: update.sums[name] / update.sums[f"dice/{label}/count"]
+        for name in update.sums
+        if name.startswith("dice/") and name.endswith("/sum")
+        for label in [name.removeprefix("dice/").removesuffix("/sum")]
+    }
+    if dice:
+        told["dice"] = dict([*dice.items()][:STRUCTURES_SHOWN])
+    if policy.metrics is None or "quarantined" in policy.metrics:
+        told["quarantined"] = dict(update.quarantined)
+    return told
 
 
 def _sha256(*buffers: Buffer) -> str:

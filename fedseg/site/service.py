@@ -30,8 +30,19 @@ from fedseg.site.connect import socket_address
 from fedseg.site.desk import Desk
 from fedseg.site.isolation import has_network
 from fedseg.site.pieces import cut, join
+from fedseg.site.series import exposition
 from fedseg.site.wire import site_pb2, site_pb2_grpc
-from fedseg.site.wire.site_pb2 import CancelReply, CancelRequest, DescribeRequest, Description, Event, Piece, Progress
+from fedseg.site.wire.site_pb2 import (
+    CancelReply,
+    CancelRequest,
+    DescribeRequest,
+    Description,
+    Event,
+    MetricsReply,
+    MetricsRequest,
+    Piece,
+    Progress,
+)
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +93,10 @@ class SiteService(site_pb2_grpc.SiteServicer):
         if cancelled is not None:
             cancelled.set()
         return CancelReply(cancelled=cancelled is not None)
+
+    def Metrics(self, request: MetricsRequest, context: grpc.ServicerContext) -> MetricsReply:  # noqa: N802, ARG002
+        """The series for the hospital's Prometheus."""
+        return MetricsReply(text=exposition(self._now, self._desk.tally, self._config.state_folder))
 
     def close(self) -> None:
         """End the round that is running, and wait for it."""

@@ -1,4 +1,4 @@
-"""Site service and gate on one machine: both are kept running, each as a process of its own."""
+"""Site service and gate on one machine, and what answers Prometheus: kept running, each as a process of its own."""
 
 import logging
 import os
@@ -48,20 +48,31 @@ class _Kept:
         return code
 
 
+@dataclass(frozen=True)
+class Scraped:
+    """Where the hospital's Prometheus finds the series of its site."""
+
+    port: int
+    host: str = "127.0.0.1"
+    web_config: Path | None = None
+
+
 @dataclass
 class Household:
-    """Keeps a hospital's two processes running until it is told to stop.
+    """Keeps a hospital's two processes running until it is told to stop; a third one if somebody scrapes.
 
     Args:
         kit: the site's.
         site_file: the hospital's own decisions.
         tell: is told what happens, one sentence each.
+        scraped: start what answers Prometheus, too.
     """
 
     kit: Kit
     site_file: Path
     tell: Callable[[str], None] = log.info
     stop: threading.Event = field(default_factory=threading.Event)
+    scraped: Scraped | None = None
 
     def run(self) -> None:
         """Start both, start again what ends, end both.
@@ -78,9 +89,9 @@ class Household:
         # two gates with one key would shut each other out
         folder = config.state_folder
         with only_one(folder / ".start.lock", f"{folder}: another `fedseg site start` is running there"):
-            self._keep_both(config)
+            self._keep_all(config)
 
-    def _keep_both(self, config: SiteConfig) -> None:
+    def _keep_all(self, config: SiteConfig) -> None:
         if not Path(config.data).is_dir():
             self.tell(
                 f"{config.data}: no such folder; until it is there, the site fails every round (data in {self.site_file})"
@@ -95,17 +106,27 @@ class Household:
             [*fedseg, "gate", str(self.kit.folder), "--socket", socket, "--home", str(config.state_folder / "gate")],
             config.state_folder / "gate.log",
         )
+        more = [self._metrics(fedseg, socket, config.state_folder)] if self.scraped else []
         try:
             while not self.stop.is_set():
-                for kept in (service, gate):
+                for kept in (service, gate, *more):
                     self._keep(kept)
                 self.stop.wait(0.5)
         finally:
             self.tell("ending gate and site service; the running step of training is waited for, 30 s at most")
-            for kept in (gate, service):  # the gate first, so that nothing new arrives
+            for kept in (gate, service, *more):  # the gate first, so that nothing new arrives
                 if kept.process is not None:
                     end_process(kept.process, 30.0)
             self.tell("gate and site service have ended")
+
+    def _metrics(self, fedseg: list[str], socket: str, folder: Path) -> _Kept:
+        scraped = self.scraped
+        assert scraped is not None
+        command = [*fedseg, "metrics", str(self.kit.folder), "--socket", socket]
+        command += ["--host", scraped.host, "--port", str(scraped.port)]
+        if scraped.web_config is not None:
+            command += ["--web-config", str(scraped.web_config)]
+        return _Kept("answer to Prometheus", command, folder / "metrics.log")
 
     def _keep(self, kept: _Kept) -> None:
         keep_short(kept.log)

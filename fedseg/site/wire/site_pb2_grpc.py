@@ -54,6 +54,11 @@ class SiteStub(object):
                 request_serializer=fedseg_dot_site_dot_wire_dot_site__pb2.CancelRequest.SerializeToString,
                 response_deserializer=fedseg_dot_site_dot_wire_dot_site__pb2.CancelReply.FromString,
                 _registered_method=True)
+        self.Metrics = channel.unary_unary(
+                '/fedseg.site.v1.Site/Metrics',
+                request_serializer=fedseg_dot_site_dot_wire_dot_site__pb2.MetricsRequest.SerializeToString,
+                response_deserializer=fedseg_dot_site_dot_wire_dot_site__pb2.MetricsReply.FromString,
+                _registered_method=True)
 
 
 class SiteServicer(object):
@@ -87,6 +92,13 @@ class SiteServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Metrics(self, request, context):
+        """The site's series for the hospital's own Prometheus.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SiteServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -109,6 +121,11 @@ def add_SiteServicer_to_server(servicer, server):
                     servicer.Cancel,
                     request_deserializer=fedseg_dot_site_dot_wire_dot_site__pb2.CancelRequest.FromString,
                     response_serializer=fedseg_dot_site_dot_wire_dot_site__pb2.CancelReply.SerializeToString,
+            ),
+            'Metrics': grpc.unary_unary_rpc_method_handler(
+                    servicer.Metrics,
+                    request_deserializer=fedseg_dot_site_dot_wire_dot_site__pb2.MetricsRequest.FromString,
+                    response_serializer=fedseg_dot_site_dot_wire_dot_site__pb2.MetricsReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -219,6 +236,33 @@ class Site(object):
             '/fedseg.site.v1.Site/Cancel',
             fedseg_dot_site_dot_wire_dot_site__pb2.CancelRequest.SerializeToString,
             fedseg_dot_site_dot_wire_dot_site__pb2.CancelReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Metrics(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedseg.site.v1.Site/Metrics',
+            fedseg_dot_site_dot_wire_dot_site__pb2.MetricsRequest.SerializeToString,
+            fedseg_dot_site_dot_wire_dot_site__pb2.MetricsReply.FromString,
             options,
             channel_credentials,
             insecure,
