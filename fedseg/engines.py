@@ -18,6 +18,7 @@ from typing import Any, Self
 from fedseg import __version__, logs
 from fedseg.errors import ConfigError, QuorumError
 from fedseg.federated.local import Ask
+from fedseg.federated.machines import MachinePlan
 from fedseg.federated.messages import RoundInstructions, SiteUpdate
 from fedseg.federated.site import OpenSites
 from fedseg.flower import FlowerFleet, reply_to
@@ -29,12 +30,15 @@ START_SECONDS = 120.0
 
 
 @contextmanager
-def ray_fleet(sites: Sequence[SiteConfig], workers: int) -> Iterator[FlowerFleet]:
+def ray_fleet(
+    sites: Sequence[SiteConfig], workers: int, machines: tuple[MachinePlan, ...] = ()
+) -> Iterator[FlowerFleet]:
     """Sites that are reached through Flower's simulation engine.
 
     Args:
         sites: the sites. A device such as `cuda:1` becomes `cuda`: Ray deals out the GPUs.
         workers: actors on this machine; on a cluster there are as many as it has CPUs.
+        machines: of simulated hospitals. Flower's messages know no lateness: who misses the virtual deadline has failed.
 
     Raises:
         ConfigError: Ray is not installed.
@@ -42,7 +46,8 @@ def ray_fleet(sites: Sequence[SiteConfig], workers: int) -> Iterator[FlowerFleet
     """
     if importlib.util.find_spec("ray") is None:
         raise ConfigError('engine "flower" needs Ray, which is not installed: pip install "fedseg[ray]"')
-    opener = OpenSites(tuple(site.model_copy(update={"device": site.device.partition(":")[0]}) for site in sites))
+    configs = tuple(site.model_copy(update={"device": site.device.partition(":")[0]}) for site in sites)
+    opener = OpenSites(configs, machines)
     devices = sorted({site.device for site in sites if site.device.startswith("cuda")})
     with _quiet_environment():
         engine = _Engine(opener, _backend(workers, len(devices)))

@@ -6,6 +6,7 @@
     │   └── CaseError          one case cannot be used: carries a typed reason, the case is quarantined
     ├── SiteAbstained          a site will not take part in this round: carries a typed reason
     │   └── PolicyRefused      the hospital's policy forbids what was asked: carries the rule
+    ├── SiteLate               a simulated machine is too slow for the round's virtual deadline
     ├── AuditError             an audit log cannot be read, or cannot be continued because it was changed
     ├── ManifestError          a data manifest is damaged, or its signature is not the site's
     ├── ModelError             no such network, or an input or a checkpoint that does not fit it
@@ -68,6 +69,10 @@ class PolicyRefused(SiteAbstained):
     def __init__(self, rule: str, message: str) -> None:
         super().__init__(rule, message)
         self.rule = rule
+
+
+class SiteLate(FedsegError):  # noqa: N818 - an answer of a simulated site
+    """A simulated machine is too slow for the round's virtual deadline."""
 
 
 class AuditError(FedsegError):

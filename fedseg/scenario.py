@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -20,7 +21,9 @@ from fedseg.config import (
 )
 from fedseg.data.cohort import Case, Cohort, PersonRule, read_cohort, split_by_person
 from fedseg.data.phantom import PhantomConfig, write_phantoms
+from fedseg.data.shift.profiles import Annotator, Scanner, Shift
 from fedseg.errors import ConfigError
+from fedseg.federated.machines import MachinePlan, Machines, SimulatedMachine
 from fedseg.federated.rounds import derive_seed
 from fedseg.names import Name
 from fedseg.site.config import SiteConfig, default_cache
@@ -101,6 +104,23 @@ class Source(Section):
     partition: Partition
 
 
+class Hospital(Section):
+    """What is special about one simulated hospital."""
+
+    scanner: Scanner | None = None
+    """In the file: the name of a profile (`fedseg data profiles`), a path to one, or a table."""
+    annotator: Annotator | None = None
+    """Who draws the labels that it trains on; references of validation and test stay as they are."""
+    machine: SimulatedMachine | None = None
+    """Its computer; absent: as `machines` says."""
+
+    def shift(self, name: str) -> Shift | None:
+        """What makes its cases its own, the same whatever the experiment's seed."""
+        if self.scanner is None and self.annotator is None:
+            return None
+        return Shift(scanner=self.scanner, annotator=self.annotator, seed=derive_seed("hospital", name))
+
+
 class Scenario(Section):
     """A federation to simulate."""
 
@@ -111,28 +131,60 @@ class Scenario(Section):
     source: Source | None = None
     methods: dict[Name, dict[str, Any]] = Field(default={"federated": {}})
     """Runs to compare: name, and what replaces settings of `federation` (or, as `training.x`, of `training`)."""
-    baselines: tuple[Literal["pooled", "local"], ...] = ("pooled", "local")
-    """What else is trained, with the same number of passes over the cases."""
+    baselines: tuple[Literal["pooled", "local", "leave-one-out"], ...] = ("pooled", "local")
+    """What else is trained, with as many passes over the cases; `leave-one-out`: the first method without each site."""
+    hospitals: dict[str, Hospital] = Field(default={})
+    """By name of the site: scanner, annotator and machine; sites that are not named are as their data are."""
+    unseen: dict[Name, Hospital] = Field(default={})
+    """Hospitals that never take part: every final model is scored on the test persons as their scanners see them."""
+    machines: Machines | None = None
+    """Virtual clock, deadline and absences; absent: every site answers."""
 
     @model_validator(mode="after")
     def _has_sites(self) -> Self:
         if bool(self.sites) == (self.source is not None):
             raise ValueError("a scenario needs either [[sites]] or [source]")
         names = [site.name for site in self.sites]
+        known = names if self.source is None else list(self.source.partition.site_names)
+        if strangers := sorted(set(self.hospitals) - set(known)):
+            raise ValueError(f"hospitals: there is no site {strangers[0]!r}, the sites are {', '.join(known)}")
+        if self.unseen and (self.source is None or not self.source.test_fraction):
+            raise ValueError("unseen: needs test persons that no site has: [source] with a test_fraction above 0")
+        if both := sorted(set(self.unseen) & set(known)):
+            raise ValueError(f"unseen: {both[0]!r} is the name of a site that takes part")
+        if moving := sorted(name for name, hospital in self.unseen.items() if hospital.annotator or hospital.machine):
+            raise ValueError(f"unseen.{moving[0]}: takes no part, so it has a scanner only")
+        for name, hospital in (self.hospitals | self.unseen).items():
+            if hospital.scanner is not None and hospital.scanner.modality != self.experiment.task.modality:
+                raise ValueError(
+                    f"{name}: its scanner is for {hospital.scanner.modality}, the task is {self.experiment.task.modality}"
+                )
+        if "leave-one-out" in self.baselines and len(known) < 3:
+            raise ValueError("baselines: leave-one-out needs three sites or more")
         if len(set(names)) != len(names):
             raise ValueError(f"every site needs a name of its own, got {names}")
         if (
             not self.methods
             or {"pooled", "local"} & set(self.methods)
-            or any(name.startswith("local-") for name in self.methods)
+            or any(name.startswith(("local-", "without-")) for name in self.methods)
         ):
-            raise ValueError("methods needs at least one name, none of them pooled or local")
+            raise ValueError(
+                "methods needs at least one name, none of them pooled or local, or beginning with local- or without-"
+            )
         for name in self.methods:
             try:
                 self.experiment_of(name)
             except ConfigError as error:
                 raise ValueError(str(error)) from error
         return self
+
+    def machine_plans(self, sites: Sequence[str]) -> dict[str, MachinePlan]:
+        """What each site's machine does, by name; none unless the scenario speaks of machines."""
+        own = {name: hospital.machine for name, hospital in self.hospitals.items() if hospital.machine is not None}
+        if self.machines is None and not own:
+            return {}
+        common = self.machines or Machines()
+        return {name: common.of(name, own.get(name)) for name in sites}
 
     def experiment_of(self, method: str) -> Experiment:
         """The experiment with a method's settings in it.
@@ -170,7 +222,7 @@ def load_scenario(path: Path, *, seed: int | None = None, rounds: int | None = N
             document["experiment"]["seed"] = seed
         if rounds is not None:
             document["experiment"].setdefault("federation", {})["rounds"] = rounds
-    scenario = validate_section(Scenario, json.dumps(document, default=str), source=str(path))
+    scenario = validate_section(Scenario, json.dumps(document, default=str), source=str(path), folder=path.parent)
     base = path.resolve().parent
     updates: dict[str, Any] = {"experiment": scenario.experiment.located(home)}
     if scenario.source is not None:
@@ -189,6 +241,18 @@ class Layout(Section):
     """Every site with its cases for training and validation."""
     test: SiteConfig | None = None
     """Cases that no site has; absent: models are scored on the sites' validation cases."""
+    views: dict[str, SiteConfig] = Field(default={})
+    """The cases of `test` as each hospital's scanner sees them, by its name: of the sites, then of the unseen hospitals."""
+
+    @property
+    def unseen(self) -> tuple[str, ...]:
+        """Names of hospitals that take no part."""
+        names = {site.name for site in self.sites}
+        return tuple(name for name in self.views if name not in names)
+
+    def scored_on(self, site: str) -> SiteConfig | None:
+        """The cases on which models are scored for a hospital; None: the site's own validation cases."""
+        return self.views.get(site, self.test)
 
 
 def lay_out(
@@ -208,17 +272,28 @@ def lay_out(
         ConfigError: there are too few persons for the partition.
     """
     common: dict[str, Any] = {"cache": default_cache(), "device": device, "threads": threads}
+    shifts = {name: hospital.shift(name) for name, hospital in scenario.hospitals.items()}
     if scenario.source is None:
-        return Layout(sites=tuple(_own_folder(site, output, common, progress) for site in scenario.sites))
+        folders = (_own_folder(site, output, common, progress) for site in scenario.sites)
+        return Layout(sites=tuple(site.model_copy(update={"shift": shifts.get(site.name)}) for site in folders))
     source = scenario.source
     cohort = read_cohort(Path(source.data), source.person)
     rest, test = split_by_person(cohort, source.test_fraction, source.test_seed)
     shares = deal_out(rest, source.partition, scenario.experiment.seed)
     common |= {"data": source.data, "person": source.person}
-    return Layout(
-        sites=tuple(SiteConfig(name=name, cases=cases, **common) for name, cases in shares.items()),
-        test=SiteConfig(name="test", cases=tuple(case.name for case in test.cases), **common) if test.cases else None,
+    sites = tuple(
+        SiteConfig(name=name, cases=cases, shift=shifts.get(name), **common) for name, cases in shares.items()
     )
+    if not test.cases:
+        return Layout(sites=sites)
+    kept = SiteConfig(name="test", cases=tuple(case.name for case in test.cases), **common)
+    scanners = {site.name: site.shift for site in sites}
+    scanners |= {name: hospital.shift(name) for name, hospital in scenario.unseen.items()}
+    views = {
+        name: kept.model_copy(update={"name": name, "shift": shift and shift.for_scoring})
+        for name, shift in scanners.items()
+    }
+    return Layout(sites=sites, test=kept, views=views)
 
 
 def deal_out(cohort: Cohort, partition: Partition, seed: int) -> dict[str, tuple[str, ...]]:

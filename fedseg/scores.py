@@ -8,6 +8,7 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import TypeAdapter
 
@@ -18,7 +19,7 @@ from fedseg.evaluation import evaluate
 from fedseg.federated.checkpoint import write_durably
 from fedseg.federated.site import Site
 from fedseg.federated.store import RunStore
-from fedseg.metrics import bootstrap_ci
+from fedseg.metrics import FAILURE_DICE, LabelScore, bootstrap_ci
 from fedseg.model_file import load_model_file
 from fedseg.models.registry import ARCHITECTURES
 from fedseg.scenario import Layout, Scenario
@@ -47,24 +48,29 @@ class CaseRow:
 
 
 def score_model(
-    model_file: Path, run: str, experiment: Experiment, sites: Sequence[SiteConfig], test: SiteConfig | None
+    model_file: Path, run: str, experiment: Experiment, layout: Layout, hospitals: Sequence[str]
 ) -> list[CaseRow]:
-    """Score one model on the test cases of several sites.
+    """Score one model for several hospitals.
 
     Args:
         model_file: the model.
         run: its name in the rows.
         experiment: says how cases are prepared.
-        sites: whose test cases to use: the shared ones if there are any, else the site's own validation cases.
-        test: the shared test cases.
+        layout: has the cases: the shared test persons as each hospital sees them, else the sites' own validation cases.
+        hospitals: for whom, sites or unseen ones.
     """
-    torch.set_num_threads(sites[0].threads)
+    sites = {site.name: site for site in layout.sites}
+    torch.set_num_threads(layout.sites[0].threads)
     _, model = load_model_file(model_file)
-    shared = _score(model, experiment, _all_cases(test, experiment), test.device) if test else {}
+    known: dict[str, dict[tuple[str, str, str], LabelScore]] = {}
     rows = []
-    for site in sites:
-        scores = shared or _score(model, experiment, Site(site).prepare(experiment).validation.cases, site.device)
-        rows += [CaseRow(run, site.name, *key, *astuple(score)) for key, score in scores.items()]
+    for name in hospitals:
+        view = layout.scored_on(name)
+        same = f"{name}" if view is None else view.model_copy(update={"name": "-"}).model_dump_json()
+        if same not in known:  # hospitals without a scanner of their own see the same
+            cases = _all_cases(view, experiment) if view else Site(sites[name]).prepare(experiment).validation.cases
+            known[same] = _score(model, experiment, cases, (view or sites[name]).device)
+        rows += [CaseRow(run, name, *key, *astuple(score)) for key, score in known[same].items()]
     return rows
 
 
@@ -87,7 +93,8 @@ def summarise(scenario: Scenario, layout: Layout, rows: Sequence[CaseRow], outpu
     """What `result.json` holds: final scores by method, site and label, and R, W, G of each federated method.
 
     `R` is the mean over sites of the federated Dice over that of the pooled model; `W` the largest deficit of a site
-    against pooled, in Dice points (0.01); `G` the smallest gain of a site over its own local model, in points.
+    against pooled, in Dice points (0.01); `G` the smallest gain of a site over its own local model, in points; `U` what
+    hospitals that took no part have less than the sites in the mean, in points, and `U_pooled` their deficit against pooled.
     """
     experiment = scenario.experiment
     groups: dict[str, list[CaseRow]] = {
@@ -97,7 +104,11 @@ def summarise(scenario: Scenario, layout: Layout, rows: Sequence[CaseRow], outpu
         groups["pooled"] = [row for row in rows if row.run == "pooled"]
     if "local" in scenario.baselines:
         groups["local"] = [row for row in rows if row.run == f"local-{row.site}"]
-    final = {name: summary(group) for name, group in groups.items()}
+    sites = {site.name for site in layout.sites}
+    final = {name: summary([row for row in group if row.site in sites]) for name, group in groups.items()}
+    for name, group in groups.items():
+        if unseen := [row for row in group if row.site not in sites]:
+            final[name]["unseen"] = site_means(unseen)
     final.setdefault("federated", final[next(iter(scenario.methods))])
     return {
         "name": experiment.name,
@@ -113,14 +124,20 @@ def summarise(scenario: Scenario, layout: Layout, rows: Sequence[CaseRow], outpu
         "final": final,
         "headline": {method: headline(final, method) for method in scenario.methods},
         "traffic": {method: _traffic(output, method) for method in scenario.methods},
+        "hospitals": {
+            name: {
+                "scanner": hospital.scanner and hospital.scanner.name,
+                "annotator": hospital.annotator and hospital.annotator.name,
+            }
+            for name, hospital in (scenario.hospitals | scenario.unseen).items()
+        },
+        "leave_one_out": site_means([row for row in rows if row.run == f"without-{row.site}"]),
     }
 
 
 def summary(rows: Sequence[CaseRow]) -> dict[str, Any]:
     """Means over a group of rows; the Dice of a site is unweighted over its cases and labels, the mean over sites too."""
-    sites = {
-        site: mean(row.dice for row in rows if row.site == site) for site in dict.fromkeys(row.site for row in rows)
-    }
+    sites, cases = site_means(rows), _by_case(rows)
     persons: dict[str, list[float]] = {}
     for row in rows:
         persons.setdefault(row.person, []).append(row.dice)
@@ -135,18 +152,40 @@ def summary(rows: Sequence[CaseRow]) -> dict[str, Any]:
         "labels": {label: mean(row.dice for row in rows if row.label == label) for label in labels},
         "hd95_mm": mean(row.hd95 for row in rows),
         "surface_dice": mean(row.surface_dice for row in rows),
-        "cases": len({(row.site, row.case) for row in rows}),
+        "dice_site_sd": float(np.std([*sites.values()], ddof=1)) if len(sites) > 1 else 0.0,
+        "dice_p10": float(np.quantile([mean(dice) for dice in cases.values()], 0.1)) if cases else math.nan,
+        "failure_rate": mean(float(min(dice) < FAILURE_DICE) for dice in cases.values()),
+        "cases": len(cases),
     }
 
 
+def site_means(rows: Sequence[CaseRow]) -> dict[str, float]:
+    """Mean Dice by site, unweighted over its cases and labels."""
+    return {
+        site: mean(row.dice for row in rows if row.site == site) for site in dict.fromkeys(row.site for row in rows)
+    }
+
+
+def _by_case(rows: Sequence[CaseRow]) -> dict[tuple[str, str], list[float]]:
+    """Dice of all structures, by site and case."""
+    cases: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        cases.setdefault((row.site, row.case), []).append(row.dice)
+    return cases
+
+
 def headline(final: dict[str, Any], method: str) -> dict[str, float | None]:
-    """R as a share, W and G in Dice points; None without the baseline that they need."""
-    sites = final[method]["sites"]
+    """R as a share, W, G and U in Dice points; None without the baseline, or the unseen hospitals, that they need."""
+    sites, unseen = final[method]["sites"], final[method].get("unseen")
     pooled, local = (final[name]["sites"] if name in final else None for name in ("pooled", "local"))
     return {
         "R": mean(sites.values()) / mean(pooled.values()) if pooled else None,
         "W": 100 * max(pooled[site] - dice for site, dice in sites.items()) if pooled else None,
         "G": 100 * min(dice - local[site] for site, dice in sites.items()) if local else None,
+        "U": 100 * (mean(sites.values()) - mean(unseen.values())) if unseen else None,
+        "U_pooled": 100 * (mean(final["pooled"]["unseen"].values()) - mean(unseen.values()))
+        if unseen and pooled
+        else None,
     }
 
 

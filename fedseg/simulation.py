@@ -19,6 +19,7 @@ from fedseg.errors import StoreError
 from fedseg.federated.checkpoint import load_state, write_durably
 from fedseg.federated.driver import Event, Fleet, run_federation
 from fedseg.federated.local import PRELOAD, InProcessFleet, WorkerFleet
+from fedseg.federated.machines import MachinePlan
 from fedseg.federated.private import PrivateTensors
 from fedseg.federated.rounds import ServerState
 from fedseg.federated.site import OpenSites, PooledSite, Site, answer_safely, private_of, start_state
@@ -105,17 +106,50 @@ def simulate(
     _write_json(output / "layout.json", layout.model_dump(mode="json"))
     for method in scenario.methods:
         experiment = scenario.experiment_of(method)
-        sites = _with_state(layout.sites, output, method)
-        with _fleet(sites, machine) as fleet:
-            state = _run(experiment, method, output, fleet, resume, partial(show.event, method))
-        _save_models(output, method, experiment, state, sites)
+        _federate(experiment, method, layout.sites, scenario, output, machine, resume, show)
+    left_out = layout.sites if "leave-one-out" in scenario.baselines else ()
+    for absent in left_out:
+        others = tuple(site for site in layout.sites if site is not absent)
+        experiment = _of_fewer(scenario.experiment_of(next(iter(scenario.methods))), len(others))
+        _federate(experiment, without(absent.name), others, scenario, output, machine, resume, show)
     baselines = _baselines(scenario, layout)
     _run_baselines(baselines, scenario.experiment, output, machine, resume, show)
-    rows = _score_all([*scenario.methods, *baselines], scenario.experiment, layout, output, machine, show)
+    runs = [*scenario.methods, *(without(site.name) for site in left_out), *baselines]
+    rows = _score_all(runs, scenario.experiment, layout, output, machine, show)
     write_scores(output / "scores.csv", rows)
     result = summarise(scenario, layout, rows, output) | {"seconds": round(time.monotonic() - begun, 1)}
     _write_json(output / "result.json", result)
     return result
+
+
+def without(site: str) -> str:
+    """Name of the run from which a site was left out."""
+    return f"without-{site}"
+
+
+def _of_fewer(experiment: Experiment, sites: int) -> Experiment:
+    """The same for a federation of fewer sites."""
+    federation = experiment.federation
+    return experiment.model_copy(
+        update={"federation": federation.model_copy(update={"min_sites": min(federation.min_sites, sites)})}
+    )
+
+
+def _federate(
+    experiment: Experiment,
+    run: str,
+    sites: Sequence[SiteConfig],
+    scenario: Scenario,
+    output: Path,
+    machine: Machine,
+    resume: bool,
+    show: Show,
+) -> None:
+    sites = _with_state(sites, output, run)
+    plans = tuple(scenario.machine_plans([site.name for site in sites]).values())
+    with _fleet(sites, plans, machine) as fleet:
+        state = _run(experiment, run, output, fleet, resume, partial(show.event, run))
+    _save_models(output, run, experiment, state, sites)
 
 
 def discard(output: Path) -> None:
@@ -190,7 +224,8 @@ def _prepared(scenario: Scenario, output: Path, machine: Machine, show: Show) ->
         Site(site).prepare(scenario.experiment)
     show.progress("preprocess", len(sites), len(sites))
     test = layout.test and layout.test.model_copy(update={"device": devices[0]})
-    return Layout(sites=sites, test=test)
+    views = {name: view.model_copy(update={"device": devices[0]}) for name, view in layout.views.items()}
+    return Layout(sites=sites, test=test, views=views)
 
 
 def _with_state(sites: Sequence[SiteConfig], output: Path, method: str) -> tuple[SiteConfig, ...]:
@@ -200,12 +235,12 @@ def _with_state(sites: Sequence[SiteConfig], output: Path, method: str) -> tuple
 
 
 @contextmanager
-def _fleet(sites: Sequence[SiteConfig], machine: Machine) -> Iterator[Fleet]:
-    names, opener = [site.name for site in sites], OpenSites(tuple(sites))
+def _fleet(sites: Sequence[SiteConfig], plans: tuple[MachinePlan, ...], machine: Machine) -> Iterator[Fleet]:
+    names, opener = [site.name for site in sites], OpenSites(tuple(sites), plans)
     if machine.engine == "flower":
         from fedseg.engines import ray_fleet  # Flower is slow to import, and Ray is an extra
 
-        with ray_fleet(sites, machine.workers) as fleet:
+        with ray_fleet(sites, machine.workers, plans) as fleet:
             yield fleet
     elif machine.workers <= 1:
         yield InProcessFleet(names, opener())
@@ -277,18 +312,25 @@ def _run_baselines(
 def _score_all(
     runs: Sequence[str], experiment: Experiment, layout: Layout, output: Path, machine: Machine, show: Show
 ) -> list[CaseRow]:
-    """Score every model on the test cases of every site where it counts."""
+    """Score every model on the test cases of every hospital where it counts."""
     calls = []
     for run in runs:
-        sites = tuple(site for site in layout.sites if run == f"local-{site.name}") or layout.sites
-        models: dict[Path, list[SiteConfig]] = {}
-        for site in sites:
-            models.setdefault(model_path(output, run, site.name), []).append(site)
-        calls += [(path, run, experiment, tuple(users), layout.test) for path, users in models.items()]
+        models: dict[Path, list[str]] = {}
+        for name in _where_it_counts(run, layout):
+            models.setdefault(model_path(output, run, name), []).append(name)
+        if len(models) == 1 and len(layout.sites) == len(next(iter(models.values()))):  # one network for everybody
+            next(iter(models.values())).extend(layout.unseen)
+        calls += [(path, run, experiment, layout, tuple(names)) for path, names in models.items()]
     parts = _in_parallel(
         score_model, calls, machine.workers, lambda finished: show.progress("evaluate", finished, len(calls))
     )
     return [row for part in parts for row in part]
+
+
+def _where_it_counts(run: str, layout: Layout) -> tuple[str, ...]:
+    """Names of the sites: at home, where a site was left out of the federation, or everywhere."""
+    names = tuple(site.name for site in layout.sites)
+    return tuple(name for name in names if run in (f"local-{name}", without(name))) or names
 
 
 def _in_parallel(

@@ -338,7 +338,7 @@ def test_each_site_is_scored_with_its_own_model(private_scenario, with_private):
     layout = Layout.model_validate_json((with_private / "layout.json").read_text())
     for site in layout.sites:
         path = with_private / "models" / "fedbn" / f"{site.name}.safetensors"
-        expected = score_model(path, "fedbn", private_scenario.experiment, [site], layout.test)
+        expected = score_model(path, "fedbn", private_scenario.experiment, layout, [site.name])
         assert [row.dice for row in rows if (row.run, row.site) == ("fedbn", site.name)] == [
             row.dice for row in expected
         ]

@@ -81,7 +81,7 @@ def usable_cores() -> int:
 def _show(found: list[dict[str, Any]]) -> None:
     from rich.console import Console
 
-    from fedseg.report.tables import comparison_table, method_table, site_table
+    from fedseg.report.tables import comparison_table, method_table, robustness_table, site_table
 
     studies: dict[str, list[dict[str, Any]]] = {}
     for result in found:
@@ -92,4 +92,5 @@ def _show(found: list[dict[str, Any]]) -> None:
     if len(studies) > 1:
         console.print(comparison_table(list(studies.values())))
         return
-    console.print(method_table(found), site_table(found), sep="\n")
+    tables = (method_table(found), site_table(found), robustness_table(found))
+    console.print(*(table for table in tables if table is not None), sep="\n")

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +21,10 @@ from fedseg.data.patches import Batch, PatchSampler
 from fedseg.data.preprocess import PreparedCase, PreparedCohort, prepare_cohort, require_enough
 from fedseg.data.shift.profiles import Shift
 from fedseg.device import pick_device, seed_everything
-from fedseg.errors import ConfigError, SiteAbstained, TrainingDiverged
+from fedseg.errors import ConfigError, SiteAbstained, SiteLate, TrainingDiverged
 from fedseg.evaluation import evaluate
 from fedseg.federated.exchange import anchor_of, buffer_names, check_weights, private_names, put_weights, take_weights
+from fedseg.federated.machines import MachinePlan
 from fedseg.federated.messages import Answer, RoundInstructions, SiteFailure, SiteUpdate
 from fedseg.federated.privacy import protect
 from fedseg.federated.private import PrivateTensors
@@ -65,11 +66,20 @@ class Site:
         watch: told about the progress of rounds.
         seeded_noise: noise that privacy asks for comes from the experiment's seed, so that a simulation can be repeated;
             whoever knows the seed can take it off again.
+        machine: in a simulation, how fast it is on a virtual clock.
     """
 
-    def __init__(self, config: SiteConfig, *, watch: Watch = lambda *_: None, seeded_noise: bool = False) -> None:
+    def __init__(
+        self,
+        config: SiteConfig,
+        *,
+        watch: Watch = lambda *_: None,
+        seeded_noise: bool = False,
+        machine: MachinePlan | None = None,
+    ) -> None:
         self.config = config
         self.watch = watch
+        self._machine = machine
         self._seeded_noise = seeded_noise
         self.parts = 1
         """As many steps as so many sites take in an epoch, where the experiment says how many that are."""
@@ -88,6 +98,7 @@ class Site:
             ModelError: the received weights are not those of the experiment's network.
             TrainingDiverged: the loss became non-finite.
             RoundCancelled: by `watch`.
+            SiteLate: a simulated machine misses the virtual deadline.
             StoreError: the site's private tensors are damaged.
         """
         experiment = _parsed(instructions.experiment)
@@ -194,9 +205,15 @@ class Site:
         sampler = PatchSampler(cases, training, patches_seed, mirror_pairs(experiment.task.labels), experiment.slicing)
         seed_everything(derive_seed(experiment.seed, "training", server_round, name))
         batches = _epochs(sampler, (server_round - 1) * federation.local_epochs, federation.local_epochs)
+        steps = len(sampler) * federation.local_epochs
+        if self._machine is not None:
+            steps = self._machine.steps(steps)
+            if steps == 0:
+                raise SiteLate(f"round {server_round}: {name} would miss the virtual deadline")
+            batches = islice(batches, steps)
         report = train_locally(
             model,
-            self._watched(batches, len(sampler) * federation.local_epochs),
+            self._watched(batches, steps),
             training,
             anchor=anchor_of(model) if federation.proximal_mu else None,
             proximal_mu=federation.proximal_mu,
@@ -204,13 +221,14 @@ class Site:
             progress=(server_round - 1) / federation.rounds,
             device=device,
         )
+        virtual = {} if self._machine is None else {"virtual_seconds": self._machine.seconds(report.steps)}
         self.last_training = report
         return {
             "loss": report.loss,
             "steps": float(report.steps),
             "seconds": report.seconds,
             "data_seconds": report.data_seconds,
-        }
+        } | virtual
 
     def _watched(self, batches: Iterator[Batch], total: int) -> Iterator[Batch]:
         for done, batch in enumerate(batches):
@@ -274,18 +292,26 @@ class OpenSites:
 
     Args:
         configs: the sites.
+        machines: of simulated hospitals; the others are there, always and at once.
     """
 
     configs: tuple[SiteConfig, ...]
+    machines: tuple[MachinePlan, ...] = ()
 
     def __call__(self) -> Callable[[str, RoundInstructions], Answer]:
         """A function that asks a site by name."""
         configs = {config.name: config for config in self.configs}
+        machines = {machine.site: machine for machine in self.machines}
         opened: dict[str, Site] = {}
 
         def ask(name: str, instructions: RoundInstructions) -> Answer:
+            machine = machines.get(name)
+            if machine is not None and instructions.train:
+                absence = machine.absence(instructions.server_round)
+                if absence is not None:
+                    return absence
             if name not in opened:
-                opened[name] = Site(configs[name], seeded_noise=True)
+                opened[name] = Site(configs[name], seeded_noise=True, machine=machine)
             return answer_safely(opened[name], name, instructions)
 
         return ask

@@ -117,10 +117,10 @@ def _segmentations(output: Path, result: Result) -> Figure:
 
     layout = Layout.model_validate_json((output / "layout.json").read_text())
     method = next(iter(result["headline"]))
-    rows = [
-        _panels(output, layout, method, site, case)
-        for site, case in _choose(read_scores(output / "scores.csv"), method)
-    ]
+    home = {site.name for site in layout.sites}
+    scores = [row for row in read_scores(output / "scores.csv") if row.run == method and row.site in home]
+    shifted = any(view.shift is not None for view in layout.views.values())
+    rows = [_panels(output, layout, method, site, case) for site, case in _choose(scores, same_case=shifted)]
     figure = Figure(figsize=(2.6 * len(rows[0]), 2.75 * len(rows)), facecolor="black", layout="constrained")
     axes = figure.subplots(len(rows), len(rows[0]), squeeze=False)
     for axis, panel in zip(axes.flat, (panel for row in rows for panel in row), strict=True):
@@ -134,18 +134,18 @@ def _segmentations(output: Path, result: Result) -> Figure:
     return figure
 
 
-def _choose(rows: Sequence[CaseRow], method: str) -> list[tuple[str, str]]:
-    """Sites in turn, with cases from the federation's worst to its best."""
-    sites = list(dict.fromkeys(row.site for row in rows if row.run == method))
+def _choose(rows: Sequence[CaseRow], *, same_case: bool) -> list[tuple[str, str]]:
+    """Sites in turn, with cases from the federation's worst to its best, or with one ordinary case as each of them sees it."""
+    sites = list(dict.fromkeys(row.site for row in rows))
     sites = [sites[index] for index in np.unique(np.linspace(0, len(sites) - 1, OVERLAY_ROWS).astype(int))]
     chosen = []
     for number, site in enumerate(sites):
         dice: dict[str, list[float]] = {}
         for row in rows:
-            if row.run == method and row.site == site:
+            if same_case or row.site == site:
                 dice.setdefault(row.case, []).append(row.dice)
         ranked = sorted(dice, key=lambda case: mean(dice[case]))
-        chosen.append((site, ranked[int((number + 0.5) / len(sites) * len(ranked))]))
+        chosen.append((site, ranked[int((0.5 if same_case else (number + 0.5) / len(sites)) * len(ranked))]))
     return chosen
 
 
@@ -156,7 +156,7 @@ def _panels(output: Path, layout: Any, method: str, site: str, case_name: str) -
     from fedseg.metrics import score_case
     from fedseg.model_file import load_model_file, model_path
 
-    owner = layout.test or next(config for config in layout.sites if config.name == site)
+    owner = layout.scored_on(site) or next(config for config in layout.sites if config.name == site)
     case = Site(owner).cohort().subset([case_name]).cases[0]
     panels: list[_Panel] = []
     reference, prepared, index = None, None, 0
@@ -166,7 +166,7 @@ def _panels(output: Path, layout: Any, method: str, site: str, case_name: str) -
             continue
         experiment, model = load_model_file(path)
         if prepared is None or reference is None:
-            prepared = prepare_case(case, experiment.task, experiment.data)
+            prepared = prepare_case(case, experiment.task, experiment.data, owner.shift)
             reference = prepared.label
             assert reference is not None
             index = int(np.argmax([len(np.unique(section)) * 1e6 + (section > 0).sum() for section in reference]))

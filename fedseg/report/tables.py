@@ -90,16 +90,53 @@ def comparison_table(studies: Sequence[Sequence[Result]]) -> Table:
 
 
 def site_table(results: Sequence[Result]) -> Table:
-    """One row per site: its training cases and each method's Dice."""
+    """One row per site: its scanner, its training cases and each method's Dice; then hospitals that took no part."""
     first = results[0]
-    methods = _methods(first)
+    methods, hospitals = _methods(first), first.get("hospitals", {})
+    left_out = any(result.get("leave_one_out") for result in results)
     table = Table(title="Dice by site", title_justify="left")
-    for heading in ("site", "training cases", *methods):
-        table.add_column(heading, justify="left" if heading == "site" else "right")
-    for site in first["sites"]:
-        counts = [result["sites"][site]["training_cases"] for result in results]
-        dice = [[result["final"][method]["sites"][site] for result in results] for method in methods]
-        table.add_row(site, spread([float(count) for count in counts], 0), *(spread(values, 3) for values in dice))
+    headings = ["site", *(["scanner", "annotator"] if hospitals else []), "training cases", *methods]
+    for heading in headings + (["without it"] if left_out else []):
+        table.add_column(heading, justify="left" if heading in ("site", "scanner", "annotator") else "right")
+    unseen = {site: None for method in methods for site in first["final"][method].get("unseen", {})}
+    for site in (*first["sites"], *unseen):
+        about = [hospitals.get(site, {}).get(key) or "" for key in ("scanner", "annotator")] if hospitals else []
+        counts = [float(result["sites"][site]["training_cases"]) for result in results] if site not in unseen else []
+        part = "unseen" if site in unseen else "sites"
+        dice = [[result["final"][method].get(part, {}).get(site) for result in results] for method in methods]
+        cells = [*about, spread(counts, 0) or "takes no part", *(spread(values, 3) for values in dice)]
+        if left_out:
+            cells.append(spread([result["leave_one_out"].get(site) for result in results], 3))
+        table.add_row(site, *cells)
+    return table
+
+
+def robustness_table(results: Sequence[Result]) -> Table | None:
+    """One row per method: what a mean hides; None for results of sites that do not differ."""
+    first = results[0]
+    if not first.get("hospitals"):
+        return None
+    table = Table(title="What the mean hides", title_justify="left")
+    for heading in ("method", "site SD", "10th percentile", "failed %", "unseen", "U pt", "unseen against pooled pt"):
+        table.add_column(heading, justify="left" if heading == "method" else "right")
+    for method in _methods(first):
+        finals = [result["final"][method] for result in results]
+        heads = [result["headline"].get(method, {}) for result in results]
+        unseen = [statistics.fmean(final["unseen"].values()) if final.get("unseen") else None for final in finals]
+        below = [head.get("U_pooled") for head in heads]
+        table.add_row(
+            method,
+            spread([final["dice_site_sd"] for final in finals], 3),
+            spread([final["dice_p10"] for final in finals], 3),
+            spread([100 * final["failure_rate"] for final in finals], 1),
+            spread(unseen, 3),
+            spread([head.get("U") for head in heads], 1),
+            spread([None if value is None else 0.0 - value for value in below], 1),
+        )
+    table.caption = (
+        "Failed: Dice below 0.5 in any structure. U: what hospitals that took no part have less than the sites."
+    )
+    table.caption_justify = "left"
     return table
 
 
