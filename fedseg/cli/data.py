@@ -247,7 +247,10 @@ def calibrate(
             seed=seed,
             on_step=lambda done, total: progress.update(task, completed=done, total=total),
         )
-    console.print(_loss_table(clean, rows))
+    for whole in (False, True):
+        chosen = [row for row in rows if (row.severity == 0) == whole]
+        if chosen:
+            console.print(_loss_table(clean, chosen))
     if out is not None:
         write_table(out, clean, rows)
         console.print(f"table: {out}", highlight=False)
@@ -258,13 +261,12 @@ def _loss_table(clean: float, rows: "list[Measured]") -> "Table":
 
     from fedseg.data.shift.catalogue import SEVERITIES
 
-    table = Table(
-        "", *map(str, SEVERITIES), title=f"Points of Dice lost (strength); clean {clean:.3f}", title_justify="left"
-    )
+    columns = map(str, SEVERITIES) if rows[0].severity else ["points lost"]
+    title = f"Points of Dice lost; clean {clean:.3f}" + ("; in brackets the strength" if rows[0].severity else "")
+    table = Table("", *columns, title=title, title_justify="left")
     for name in dict.fromkeys(row.name for row in rows):
         found = [row for row in rows if row.name == name]
-        cells = [f"{row.lost:.1f}" + (f" ({row.strength:g})" if row.severity else "") for row in found]
-        table.add_row(name, *cells)
+        table.add_row(name, *(f"{row.lost:.1f}" + (f" ({row.strength:g})" if row.severity else "") for row in found))
     return table
 
 
