@@ -110,7 +110,7 @@ def test_physics_decides_the_order_and_not_the_file():
     ]
     one, other = (see_through(tissue(), profile, 0, "case") for profile in profiles)
     assert np.array_equal(one, other)
-    assert len(np.unique(one)) <= 12  # stored last
+    assert len(np.unique(one)) <= 16  # stored last
     stages = [EFFECTS[effect.name].stage for effect, *_ in happening(profiles[0], 0, "case", geometric=False)]
     assert stages == sorted(stages, key=STAGES.index)
 
