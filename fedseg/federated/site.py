@@ -281,6 +281,9 @@ def answer_safely(site: AnswerRound, name: str, instructions: RoundInstructions)
         except SiteAbstained as abstention:
             log.warning("site %s abstains from round %d: %s", name, instructions.server_round, abstention)
             return SiteFailure(name, instructions.server_round, "abstained", abstention.reason)
+        except SiteLate as late:
+            log.info("%s", late)
+            return SiteFailure(name, instructions.server_round, "late", "deadline")
         except Exception as error:
             log.exception("site %s failed in round %d", name, instructions.server_round)
             return SiteFailure(name, instructions.server_round, "failed", type(error).__name__)

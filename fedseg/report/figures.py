@@ -1,5 +1,6 @@
 """Pictures of a finished simulation: learning curves, sites side by side, and segmentations beside their reference."""
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -84,17 +85,27 @@ def _dice_by_round(output: Path, runs: Sequence[str]) -> tuple[list[int], list[l
 
 
 def _sites(result: Result) -> Figure:
-    """Final Dice of every method at every site."""
-    sites, colours = list(result["sites"]), _colours(result)
+    """Final Dice of every method at every site, and apart from them at hospitals that took no part."""
+    colours, hospitals = _colours(result), result.get("hospitals", {})
+    unseen = list(dict.fromkeys(site for method in colours for site in result["final"][method].get("unseen", {})))
+    sites = [*result["sites"], *unseen]
+    places = np.arange(len(sites)) + np.array([0.6 * (site in unseen) for site in sites])
     figure, axis = _figure(max(6.0, 1.1 * len(sites) + 2), 4.2)
     width = 0.8 / len(colours)
     for number, (method, colour) in enumerate(colours.items()):
-        dice = [result["final"][method]["sites"][site] for site in sites]
-        at = np.arange(len(sites)) + (number - (len(colours) - 1) / 2) * width
+        final = result["final"][method]
+        dice = [(final["sites"] | final.get("unseen", {})).get(site, math.nan) for site in sites]
+        at = places + (number - (len(colours) - 1) / 2) * width
         bars = axis.bar(at, dice, width * 0.92, color=colour, label=method)
-        axis.bar_label(bars, [f"{value:.2f}" for value in dice], fontsize=6, padding=1)
-    labels = [f"{site}\n{result['sites'][site]['training_cases']} cases" for site in sites]
-    axis.set_xticks(range(len(sites)), labels)
+        axis.bar_label(bars, ["" if math.isnan(value) else f"{value:.2f}" for value in dice], fontsize=6, padding=1)
+    labels = []
+    for site in sites:
+        size = "unseen" if site in unseen else f"{result['sites'][site]['training_cases']} cases"
+        scanner = hospitals.get(site, {}).get("scanner")
+        labels.append("\n".join([site, *([scanner] if scanner else []), size]))
+    axis.set_xticks(places, labels, fontsize=8 if hospitals else None)
+    if unseen:
+        axis.axvline(float(places[len(result["sites"])]) - 0.8, color="0.6", linewidth=0.8, linestyle=":")
     axis.set_ylim(0, 1.12)
     axis.set_yticks(np.linspace(0, 1, 6))
     axis.set(ylabel="mean Dice", title=f"{result['name']}: who gains (scored on {result['test']})")
