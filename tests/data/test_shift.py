@@ -16,7 +16,6 @@ from fedseg.data.shift.profiles import (
     Annotator,
     ScannerProfile,
     Shift,
-    at_strength,
     load_profile,
     pick_profiles,
     shipped_profiles,
@@ -81,7 +80,7 @@ def test_cases_and_sites_differ(name):
 
 
 def test_the_shading_of_a_site_is_nearly_the_same_in_all_its_cases():
-    flat, profile = np.full((1, *SHAPE), 100, dtype=np.float32), at_strength("bias-field", 0.3)
+    flat, profile = np.full((1, *SHAPE), 100, dtype=np.float32), single_effect("bias-field", strength=0.3)
     fields = [np.log(see_through(flat, profile, seed, case)).ravel() for seed, case in ((0, "a"), (0, "b"), (1, "a"))]
     assert np.corrcoef(fields[0], fields[1])[0, 1] > 0.8
     assert abs(np.corrcoef(fields[0], fields[2])[0, 1]) < 0.7
@@ -147,7 +146,7 @@ def test_a_masked_surrounding_stays_empty_and_a_dark_voxel_does_not():
 
 def test_air_stays_dark_when_the_contrast_is_reversed_and_tissue_changes_places():
     image = np.pad(tissue()[0, :, :, :20], ((0, 0), (0, 0), (0, 12)), constant_values=2)[None]
-    seen = see_through(image, at_strength("contrast-reversal", 1.0), 0, "case")
+    seen = see_through(image, single_effect("contrast-reversal", strength=1.0), 0, "case")
     assert seen[..., 24:].max() < 0.1 * np.quantile(image, 0.995)
     inside = (slice(None), slice(None), slice(None), slice(0, 18))
     assert np.corrcoef(image[inside].ravel(), seen[inside].ravel())[0, 1] < -0.99
@@ -161,7 +160,7 @@ def test_noise_has_the_promised_deviation():
 
 
 def test_strengths_differ_a_little_from_case_to_case_around_the_site_s_own():
-    profile = at_strength("bias-field", 0.2)
+    profile = single_effect("bias-field", strength=0.2)
     strengths = [happening(profile, 0, f"case {n}", geometric=False)[0][1] for n in range(200)]
     assert 0.18 <= min(strengths) < 0.185
     assert 0.215 < max(strengths) <= 0.22

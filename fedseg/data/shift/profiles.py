@@ -1,7 +1,6 @@
 """Scanner profiles and annotators as sections of configuration files, and the profiles that come with the library."""
 
 import difflib
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -217,17 +216,7 @@ def require_name(name: str) -> str:
     return name
 
 
-def single_effect(name: str, severity: int) -> ScannerProfile:
+def single_effect(name: str, severity: int | None = None, *, strength: float | None = None) -> ScannerProfile:
     """A profile with one effect, for pictures and calibration."""
-    modality = catalogue.EFFECTS[name].modalities[0]
-    return ScannerProfile(name=f"{name} {severity}", modality=modality, effects=(Effect(name=name, severity=severity),))
-
-
-def at_strength(name: str, strength: float) -> ScannerProfile:
-    """The same with a strength in the effect's own unit."""
-    if not math.isfinite(strength):
-        raise ConfigError(f"{name}: strength must be a number, got {strength}")
-    modality = catalogue.EFFECTS[name].modalities[0]
-    return ScannerProfile(
-        name=f"{name} {strength:g}", modality=modality, effects=(Effect(name=name, strength=strength),)
-    )
+    effect = Effect(name=name, severity=severity, strength=strength)
+    return ScannerProfile(name=name, modality=catalogue.EFFECTS[name].modalities[0], effects=(effect,))
