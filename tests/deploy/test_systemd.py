@@ -7,7 +7,13 @@ import pytest
 
 from tests.deploy.variants import DEPLOY, UNITS, unit
 
-HIGHEST = {"fedseg-site-service": 1.0, "fedseg-gate": 1.5, "fedseg-coordinator": 1.5, "fedseg-nginx": 2.0}
+HIGHEST = {
+    "fedseg-site-service": 1.0,
+    "fedseg-site-metrics": 1.5,
+    "fedseg-gate": 1.5,
+    "fedseg-coordinator": 1.5,
+    "fedseg-nginx": 2.0,
+}
 each = pytest.mark.parametrize("path", UNITS, ids=lambda path: path.stem)
 
 

@@ -1,6 +1,7 @@
 """A site's own series: made by a real service process, scraped over HTTP from another one."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,11 +19,12 @@ from fedseg.site.connect import Connection
 from fedseg.site.desk import Desk
 from fedseg.site.gpus import _library, gpus
 from fedseg.site.scrape import scraped, socket_in
-from fedseg.site.series import CATALOGUE, exposition
+from fedseg.site.series import CATALOGUE, catalogue_table, exposition
 from fedseg.site.service import opened
 from fedseg.site.supernode import free_port
 from fedseg.site.tally import Tally
 from fedseg.site.wire.site_pb2 import Description
+from tests.prometheus import panel_queries, rule_metrics
 from tests.site.rounds import asked, write_hospital
 
 ROOT = Path(__file__).parents[2]
@@ -272,6 +274,33 @@ def test_the_socket_is_that_of_the_site_file(tmp_path):
 
 def test_where_nobody_listens_the_site_is_down(tmp_path):
     assert samples(scraped(tmp_path / "no.sock")) == {(f"{PREFIX}up",): 0}
+
+
+# ---------------------------------------------------------------------------------------------------- what is shipped
+def test_the_documented_catalogue_is_the_real_one():
+    documented = (ROOT / "docs" / "hospital.md").read_text()
+    assert catalogue_table() in documented, "make it again from fedseg.site.series.catalogue_table()"
+
+
+def test_rules_and_dashboard_ask_for_series_that_exist():
+    known = {series.exposed_name for series in CATALOGUE.values()}
+    for rule, metrics in rule_metrics("site_rules.yml").items():
+        assert metrics, rule
+        assert metrics <= known, rule
+    panels = list(panel_queries("site.json", site="Aare"))
+    shown = {name for _, query in panels for name in re.findall(r"fedseg\w+", query)}
+    assert shown <= known
+    assert known - shown == {f"{PREFIX}info", f"{PREFIX}started_timestamp_seconds"}
+
+
+@PROMTOOL
+@pytest.mark.parametrize(
+    "check", ["check config site.yml", "check rules site_rules.yml", "test rules site_rules_test.yml"]
+)
+def test_promtool_finds_nothing_wrong_with_configuration_and_rules(check):
+    folder = DEPLOYED / "prometheus"
+    done = subprocess.run(["promtool", *check.split()], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 # ---------------------------------------------------------------------------------------------------- cards

@@ -1,8 +1,14 @@
+import contextlib
+import threading
+import time
+import urllib.request
+
 import pytest
 
 from fedseg.errors import ConfigError, KitError
 from fedseg.kit import load_kit
-from fedseg.site.start import Household
+from fedseg.site.start import Household, Scraped
+from fedseg.site.supernode import free_port
 from tests.site.ready import ReadySite
 
 
@@ -28,6 +34,28 @@ def test_a_data_folder_that_is_not_there_is_told_at_once(tmp_path):
     household.run()
     assert told[0].startswith(f"{ready.data}: no such folder")
     assert told[1].startswith("ending gate and site service; the running step of training is waited for")
+
+
+def test_what_answers_prometheus_is_started_and_ended_with_the_site(tmp_path):
+    ready, port, answers = ReadySite(tmp_path, data=False, port=free_port()), free_port(), []
+
+    household = Household(load_kit(ready.kit), ready.file, tell=lambda _: None, scraped=Scraped(port))
+    thread = threading.Thread(target=household.run)
+    thread.start()
+    try:
+        for _ in range(600):
+            with contextlib.suppress(OSError):
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+                    answers.append(answer.read().decode())
+                if "\nfedseg_site_service_up 1\n" in answers[-1]:
+                    break
+            time.sleep(0.1)
+    finally:
+        household.stop.set()
+        thread.join(90)
+    assert "fedseg_site_service_info{" in answers[-1]
+    with pytest.raises(OSError, match="refused"):
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10)
 
 
 def test_the_coordinators_kit_starts_no_site(tmp_path):
