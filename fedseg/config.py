@@ -136,6 +136,12 @@ class DataConfig(Section):
     """A site abstains with fewer usable training cases."""
     min_usable_share: Fraction = 0.5
     """A site abstains if a smaller share of its cases is usable."""
+    fingerprint: bool = False
+    """Before round 1 every site sends sums of label-free statistics of its images (docs/privacy.md). Sites and `fedseg predict`
+    then know how unusual an image is."""
+    polarity: Literal["as-is", "aligned"] = "as-is"
+    """MR: `aligned` negates the z-scored images of sites where bright and dark are reversed against the majority, and of such
+    images in `fedseg predict`. Needs `fingerprint`."""
 
     @field_validator("orientation")
     @classmethod
@@ -316,6 +322,12 @@ class Experiment(Section):
             raise ValueError("data.window: a CT task needs one in Hounsfield units, such as window = [-160.0, 240.0]")
         if self.task.modality == "mr" and self.data.window is not None:
             raise ValueError("data.window: is for CT; an MR task uses data.percentiles. Leave it out")
+        if self.data.polarity == "aligned" and not self.data.fingerprint:
+            raise ValueError(
+                "data.polarity: who is reversed is seen in the fingerprint; set data.fingerprint = true too"
+            )
+        if self.data.polarity == "aligned" and self.task.modality == "ct":
+            raise ValueError("data.polarity: Hounsfield units are never reversed; leave it out for a CT task")
         from fedseg.models.registry import check_model, resolve
 
         key = "model"

@@ -180,6 +180,7 @@ def prepare_cohort(
     cache: Path,
     *,
     shift: Shift | None = None,
+    signs: tuple[int, ...] = (),
     progress: bool = False,
     on_case: Callable[[int], None] = lambda _: None,
 ) -> PreparedCohort:
@@ -191,6 +192,7 @@ def prepare_cohort(
         config: orientation, spacing, crop and intensities.
         cache: folder for prepared arrays; may be shared by processes and by experiments.
         shift: a simulated hospital's scanner and annotator.
+        signs: -1 for each channel of which the prepared intensities are negated; empty: none.
         progress: show a bar.
         on_case: called before each case with the number of cases so far (0, 1, ...); what it raises ends the work.
 
@@ -203,7 +205,7 @@ def prepare_cohort(
     for done, case in enumerate(shown(cohort.cases, "Preparing cases", progress=progress)):
         on_case(done)
         try:
-            cases.append(_load_or_prepare(case, task, config, store, shift))
+            cases.append(_load_or_prepare(case, task, config, store, shift, signs))
         except CaseError as error:
             _log.warning("quarantined %s (%s): %s", case.name, error.reason, error)
             quarantined[case.name] = str(error.reason)
@@ -253,6 +255,13 @@ def normalise(image_CDHW: NDArray[np.float32], config: DataConfig) -> NDArray[np
         low, high = config.window
         return np.asarray((np.clip(image_CDHW, low, high) - low) * (2 / (high - low)) - 1, dtype=np.float32)
     return np.stack([_standardise(channel, config.percentiles) for channel in image_CDHW])
+
+
+def negated(image_CDHW: NDArray[np.float32], signs: tuple[int, ...]) -> NDArray[np.float32]:
+    """The image with the channels negated of which the sign is -1; without any, the very same."""
+    if min(signs, default=1) > 0:
+        return image_CDHW
+    return np.asarray(image_CDHW * np.array(signs, dtype=np.float32)[:, None, None, None], dtype=np.float32)
 
 
 def _standardise(channel: NDArray[np.float32], percentiles: tuple[float, float]) -> NDArray[np.float32]:
@@ -321,16 +330,16 @@ def _sample_foreground(label_DHW: NDArray[np.uint8]) -> dict[int, NDArray[np.int
 
 
 def _load_or_prepare(
-    case: Case, task: TaskConfig, config: DataConfig, store: Cache, shift: Shift | None
+    case: Case, task: TaskConfig, config: DataConfig, store: Cache, shift: Shift | None, signs: tuple[int, ...]
 ) -> PreparedCase:
-    key = _key(case, task, config, store, shift)
+    key = _key(case, task, config, store, shift, signs)
     entry = store.load(key)
     if entry is None:
         fresh = prepare_case(case, task, config, shift)
         assert fresh.label is not None
         points = [np.insert(voxels, 0, value, axis=1) for value, voxels in fresh.foreground.items()]
         arrays: dict[str, NDArray[Any]] = {
-            "image": fresh.image,
+            "image": negated(fresh.image, signs),
             "label": fresh.label,
             "foreground": np.concatenate(points),
         }
@@ -344,7 +353,9 @@ def _load_or_prepare(
     )
 
 
-def _key(case: Case, task: TaskConfig, config: DataConfig, store: Cache, shift: Shift | None) -> str:
+def _key(
+    case: Case, task: TaskConfig, config: DataConfig, store: Cache, shift: Shift | None, signs: tuple[int, ...]
+) -> str:
     """Hash of the files' content and of the settings that decide what becomes of them."""
     if case.label is None:
         raise CaseError(Reason.MISSING_LABEL, f"{case.name}: the case has no label file")
@@ -354,6 +365,8 @@ def _key(case: Case, task: TaskConfig, config: DataConfig, store: Cache, shift: 
     settings |= {"format": FORMAT, "values": sorted(task.labels.values()), "channels": len(task.channels)}
     if shift is not None:  # which depends on the case's name
         settings |= {"shift": shift.recipe(), "case": case.name}
+    if min(signs, default=1) < 0:
+        settings |= {"signs": list(signs)}
     parts = [json.dumps(settings, sort_keys=True)]
     for path in (*case.images, case.label):
         missing = Reason.MISSING_LABEL if path is case.label else Reason.MISSING_IMAGE

@@ -7,6 +7,7 @@ from pathlib import Path
 from fedseg.errors import StoreError
 from fedseg.federated.document import Buffer, pack, unpack
 from fedseg.federated.faults import reach
+from fedseg.federated.fingerprint import Fingerprint
 from fedseg.federated.rounds import ServerState
 from fedseg.federated.weights import Weights
 
@@ -30,6 +31,7 @@ def save_state(path: Path, state: ServerState) -> str:
         "buffers": sorted(state.buffers),
         "private": sorted(state.private),
         "norms": [value.hex() for value in state.norms],
+        "fingerprint": state.fingerprint.to_dict(),
     }
     groups = {"weights": state.weights, **state.moments}
     tensors = {f"{kind}/{name}": array for kind, group in groups.items() for name, array in group.items()}
@@ -74,6 +76,7 @@ def load_state(path: Path, sha256: str | None = None) -> ServerState:
             private=frozenset(header.get("private", ())),  # a checkpoint from before there were any has none
             moments=groups,
             norms=tuple(float.fromhex(value) for value in header["norms"]),
+            fingerprint=Fingerprint.from_dict(header.get("fingerprint", {})),
         )
     except FileNotFoundError:
         raise StoreError(f"{path}: no such checkpoint") from None

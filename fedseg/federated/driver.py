@@ -13,6 +13,7 @@ from fedseg.config import Experiment
 from fedseg.errors import QuorumError, UpdateRefused
 from fedseg.federated.aggregation import Aggregator, make_aggregator
 from fedseg.federated.faults import reach
+from fedseg.federated.fingerprint import Fingerprint, joined, vote
 from fedseg.federated.messages import Answer, RoundInstructions, SiteFailure, SiteUpdate
 from fedseg.federated.phases import PhaseClock
 from fedseg.federated.rounds import (
@@ -22,10 +23,11 @@ from fedseg.federated.rounds import (
     apply_round,
     choose_sites,
     final_instructions,
+    fingerprint_instructions,
     instructions_for,
     site_weight,
 )
-from fedseg.federated.screening import screen, screen_scores
+from fedseg.federated.screening import screen, screen_fingerprint, screen_scores
 from fedseg.federated.sketch import Sketch, cosine, sketch
 from fedseg.federated.store import RunStore
 from fedseg.federated.weights import Weights, num_bytes
@@ -98,6 +100,8 @@ def run_federation(
     if state is None:
         state = start()
         store.begin(experiment, state)
+    if experiment.data.fingerprint and not state.server_round:
+        state = replace(state, fingerprint=run.look())
     while state.server_round < experiment.federation.rounds:
         state = run.round_after(state)
     if not store.is_finished():
@@ -145,6 +149,32 @@ class _Run:
         self.store.waiting.end()
         self.observe(Event("finished-round", after.server_round, report=report, scores=scores))
         return after
+
+    def look(self) -> Fingerprint:
+        """Ask all sites for their fingerprints, and join them; whoever fails or keeps its own is left out."""
+        instructions = fingerprint_instructions(self.document)
+        asked = tuple(sorted(self.fleet.sites()))
+        found: dict[str, Fingerprint] = {}
+        self.store.waiting.begin(instructions.server_round, asked)
+        for answer in self._exchange(instructions, asked):
+            self.store.waiting.answered(answer.site)
+            try:
+                if isinstance(answer, SiteFailure):
+                    self._note(answer)
+                    continue
+                _check_asked(answer, asked, found)
+                screen_fingerprint(answer, instructions.server_round, len(self.experiment.task.channels))
+                found[answer.site] = answer.fingerprint
+            except UpdateRefused as refusal:
+                self._note(SiteFailure(answer.site, instructions.server_round, "refused", refusal.reason))
+        self.store.waiting.end()
+        for site, signs in vote({name: print_ for name, print_ in found.items() if print_}).items():
+            reversed_channels = ", ".join(str(number) for number, sign in enumerate(signs) if sign < 0)
+            told = f"{found[site].cases} cases" + (
+                f", reversed in channel {reversed_channels}" if reversed_channels else ""
+            )
+            self.store.event("fingerprint", 0, site, told)
+        return joined(found, aligned=self.experiment.data.polarity == "aligned")
 
     def close(self, state: ServerState) -> None:
         """Have the final weights scored by every site that can; whoever fails is left out of the scores."""

@@ -10,7 +10,7 @@ simulations/LOG.md. Its sign is a vote: reversed are those who disagree with the
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -107,11 +107,15 @@ class Fingerprint:
         )
 
 
+UNKNOWN = Fingerprint()
+"""Of no cases."""
+
+
 def fingerprint_of(cases: Iterable[CaseFeatures]) -> Fingerprint:
     """The sums over cases, whatever their order; all must have the same features."""
     found = list(cases)
     if not found:
-        return Fingerprint()
+        return UNKNOWN
     names = list(found[0].values)
     return Fingerprint(
         len(found),
@@ -132,7 +136,7 @@ def joined(sites: Mapping[str, Fingerprint], *, aligned: bool) -> Fingerprint:
     """
     known = {name: sites[name] for name in sorted(sites) if sites[name]}
     if not known:
-        return Fingerprint()
+        return UNKNOWN
     first = next(iter(known.values()))
     same = {n: f for n, f in known.items() if f.sums.keys() == first.sums.keys() and len(f.layout) == len(first.layout)}
     signs = vote(same)
@@ -152,6 +156,8 @@ def vote(sites: Mapping[str, Fingerprint]) -> dict[str, Signs]:
     more cases is as it is; with a tie, the site whose name comes first.
     """
     names = sorted(sites)
+    if not names:
+        return {}
     weights = np.array([sites[name].cases for name in names], dtype=np.float64)
     channels = [_channels(sites[name].layout) for name in names]
     votes = []
@@ -164,16 +170,17 @@ def vote(sites: Mapping[str, Fingerprint]) -> dict[str, Signs]:
     return {name: tuple(int(signs[index]) for signs in votes) for index, name in enumerate(names)}
 
 
-def polarity(own: Fingerprint, federation: Fingerprint) -> Signs:
-    """Which channels of a site's images must be negated to agree with the federation's.
+def polarity(layouts: Iterable[Sequence[float]], federation: Fingerprint) -> Signs:
+    """Which channels of images must be negated to agree with the federation's: one decision for all of them.
 
     Args:
-        own: of the images as they are, of one or several cases.
+        layouts: of the images as they are, of one or of all cases of a site.
         federation: as `joined`; empty: nothing is negated.
     """
-    if not federation or len(own.layout) != len(federation.layout):
-        return (1,) * (len(own.layout) // LAYOUT)
-    return tuple(-1 if value < 0 else 1 for value in federation.agreement(own.layout))
+    together = [math.fsum(column) for column in zip(*layouts, strict=True)]
+    if not federation or len(together) != len(federation.layout):
+        return (1,) * (len(together) // LAYOUT)
+    return tuple(-1 if value < 0 else 1 for value in federation.agreement(together))
 
 
 def reversed_(found: Fingerprint, signs: Signs, *, intensities: bool = True) -> Fingerprint:

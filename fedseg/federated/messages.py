@@ -11,9 +11,10 @@ from typing import Any, Literal, Self
 from fedseg import __version__
 from fedseg.errors import MessageError
 from fedseg.federated.document import Buffer, pack, unpack
+from fedseg.federated.fingerprint import UNKNOWN, Fingerprint
 from fedseg.federated.weights import Weights
 
-FORMAT = 2
+FORMAT = 3
 LONGEST_NAME = 200
 LARGEST_COUNT = 10**9
 
@@ -34,6 +35,9 @@ class RoundInstructions:
     """Score the weights on the validation cases before training."""
     surface: bool = False
     """Score with surface metrics too."""
+    fingerprint: Fingerprint = UNKNOWN
+    """What the federation's images look like; empty where sites do not tell. A request that neither trains nor evaluates asks for
+    the site's own, and has no weights."""
 
     def encode(self) -> bytes:
         """The message as bytes."""
@@ -45,7 +49,8 @@ class RoundInstructions:
 
     def header(self) -> dict[str, Any]:
         """Everything but the tensors."""
-        return {key: value for key, value in vars(self).items() if key != "weights"}
+        header = {key: value for key, value in vars(self).items() if key != "weights"}
+        return header | {"fingerprint": self.fingerprint.to_dict()}
 
     @classmethod
     def decode(cls, data: Buffer) -> Self:
@@ -64,10 +69,17 @@ class RoundInstructions:
         Raises:
             MessageError: a field is missing, unknown or of the wrong type.
         """
-        types = {"server_round": int, "experiment": str, "train": bool, "evaluate": bool, "surface": bool}
+        types: dict[str, type] = {
+            "server_round": int,
+            "experiment": str,
+            "train": bool,
+            "evaluate": bool,
+            "surface": bool,
+        }
+        types |= {"fingerprint": dict}
         _check_fields("instructions", header, types)
         _check_count("instructions", "server_round", header["server_round"])
-        return cls(weights=tensors, **header)
+        return cls(weights=tensors, **{**header, "fingerprint": _fingerprint("instructions", header)})
 
 
 @dataclass(frozen=True)
@@ -90,6 +102,8 @@ class SiteUpdate:
     """Number of cases that could not be used, by reason code."""
     manifest: str = ""
     """Digest of the site's data manifest; another one means that the site's data have changed. Empty: the site keeps none."""
+    fingerprint: Fingerprint = UNKNOWN
+    """Sums of label-free statistics over the training images, where it was asked for."""
 
     def encode(self) -> bytes:
         """The message as bytes."""
@@ -101,7 +115,8 @@ class SiteUpdate:
 
     def header(self) -> dict[str, Any]:
         """Everything but the tensors."""
-        return {key: value for key, value in vars(self).items() if key != "delta"}
+        header = {key: value for key, value in vars(self).items() if key != "delta"}
+        return header | {"fingerprint": self.fingerprint.to_dict()}
 
     @classmethod
     def decode(cls, data: Buffer) -> Self:
@@ -128,6 +143,7 @@ class SiteUpdate:
             "training": dict,
             "quarantined": dict,
             "manifest": str,
+            "fingerprint": dict,
         }
         _check_fields("update", header, types)
         for key in ("server_round", "num_cases"):
@@ -140,7 +156,7 @@ class SiteUpdate:
             raise MessageError("update: site must be a short printable name")
         if not re.fullmatch(r"(?:[0-9a-f]{64})?", header["manifest"]):
             raise MessageError("update: manifest must be empty or 64 hexadecimal digits")
-        return cls(delta=tensors, **{**header, **numbers})
+        return cls(delta=tensors, **{**header, **numbers, "fingerprint": _fingerprint("update", header)})
 
 
 @dataclass(frozen=True)
@@ -187,6 +203,13 @@ def _numbers(key: str, values: Mapping[str, Any]) -> dict[str, float]:
         return {name: float(value) for name, value in values.items()}
     except OverflowError:
         raise MessageError(f"update: a number in {key} is too large") from None
+
+
+def _fingerprint(kind: str, header: Mapping[str, Any]) -> Fingerprint:
+    try:
+        return Fingerprint.from_dict(header["fingerprint"])
+    except (ValueError, OverflowError) as error:
+        raise MessageError(f"{kind}: fingerprint: {error}") from None
 
 
 def _is_name(value: str) -> bool:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from fedseg.config import Experiment, FederationConfig
+from fedseg.federated.fingerprint import UNKNOWN, Fingerprint
 from fedseg.federated.messages import RoundInstructions, SiteFailure
 from fedseg.federated.phases import Phase
 from fedseg.federated.weights import FloatArray, Weights
@@ -36,6 +37,8 @@ class ServerState:
     """State of the server optimizer: `first` and `second` moments."""
     norms: tuple[float, ...] = ()
     """Norms of the last accepted updates, for screening."""
+    fingerprint: Fingerprint = UNKNOWN
+    """What the sites' images look like, as they told before round 1; empty where they do not."""
 
     @property
     def exchanged(self) -> Weights:
@@ -99,12 +102,20 @@ def instructions_for(state: ServerState, experiment: Experiment, document: str) 
         experiment=document,
         evaluate=evaluate,
         surface=experiment.evaluation.surface_metrics,
+        fingerprint=state.fingerprint,
     )
 
 
 def final_instructions(state: ServerState, document: str) -> RoundInstructions:
     """The evaluation-only message that closes a run."""
-    return RoundInstructions(state.server_round + 1, state.weights, document, train=False, surface=True)
+    return RoundInstructions(
+        state.server_round + 1, state.weights, document, train=False, surface=True, fingerprint=state.fingerprint
+    )
+
+
+def fingerprint_instructions(document: str) -> RoundInstructions:
+    """The message before round 1 that asks for sites' fingerprints."""
+    return RoundInstructions(1, {}, document, train=False, evaluate=False)
 
 
 def derive_seed(*parts: object) -> int:

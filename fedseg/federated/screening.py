@@ -8,6 +8,7 @@ import numpy as np
 
 from fedseg.config import ScreeningConfig
 from fedseg.errors import UpdateRefused
+from fedseg.federated.fingerprint import LAYOUT, Fingerprint
 from fedseg.federated.messages import SiteUpdate
 from fedseg.federated.weights import Weights, norm
 
@@ -83,6 +84,29 @@ def screen_scores(update: SiteUpdate, server_round: int) -> None:
         other = {"sum": "count", "count": "sum"}.get(kind)
         if other and f"{stem}/{other}" not in update.sums:
             raise _refusal(update, "wrong-metrics", f"{key} has no {other}")
+
+
+def screen_fingerprint(update: SiteUpdate, server_round: int, channels: int) -> None:
+    """Check the answer to a request for a fingerprint; an empty one, which the site's policy keeps, is in order.
+
+    Args:
+        update: what the site sent.
+        server_round: the round that was asked for.
+        channels: of an image.
+
+    Raises:
+        UpdateRefused: with reason `stale`, `no-cases` or `wrong-fingerprint`.
+    """
+    screen_scores(update, server_round)
+    found = update.fingerprint
+    try:
+        Fingerprint.from_dict(found.to_dict())
+    except ValueError as error:
+        raise _refusal(update, "wrong-fingerprint", str(error)) from None
+    if found and len(found.layout) != LAYOUT * channels:
+        raise _refusal(update, "wrong-fingerprint", f"its layout is not that of {channels} channels")
+    if found.cases > min(update.num_cases, MAX_CASES):
+        raise _refusal(update, "no-cases", f"a fingerprint of {found.cases} cases, the site has {update.num_cases}")
 
 
 def _refusal(update: SiteUpdate, reason: str, message: str) -> UpdateRefused:
