@@ -28,19 +28,24 @@ def predict(
         float | None, typer.Option(min=0, max=0.95, help="Overlap of windows; absent: the experiment's.")
     ] = None,
 ) -> None:
-    """Segment images; each label is written on its image's own grid."""
+    """Segment images; each label is written on its image's own grid.
+
+    Warns of images that are unlike those that the network was trained on, where its federation had a fingerprint.
+    """
     from rich.console import Console
     from rich.progress import track
 
     from fedseg.data.cohort import list_images
+    from fedseg.data.features import align, describe
     from fedseg.data.preprocess import prepare_image, restore
     from fedseg.data.volume import write_label
     from fedseg.device import configure, pick_device
+    from fedseg.drift import drift_of
     from fedseg.errors import CaseError, DataError
     from fedseg.inference import predict_logits
-    from fedseg.model_file import load_model_file
+    from fedseg.model_file import load_model
 
-    experiment, network = load_model_file(model)
+    experiment, network, fingerprint = load_model(model)
     cases = list_images(images)
     if not images.is_dir() and not output.name.endswith((".nii", ".nii.gz")):
         raise DataError(f"{output}: a label file must end in .nii or .nii.gz")
@@ -53,13 +58,21 @@ def predict(
         shown = track(cases.items(), description="Segmenting", console=console)
     for name, files in shown:
         try:
-            case = prepare_image(files, experiment.task, experiment.data)
+            case = align(prepare_image(files, experiment.task, experiment.data), experiment.data, fingerprint)
         except CaseError as error:
             console.print(
                 f"{name}: not segmented ({error.reason}): {error}", style="red", markup=False, highlight=False
             )
             failed += 1
             continue
+        if fingerprint and (drift := drift_of(describe(case), fingerprint)).alarm:
+            console.print(
+                f"{name}: unlike the images that the network was trained on: {', '.join(drift.words)}; look at its label "
+                "with care",
+                style="yellow",
+                markup=False,
+                highlight=False,
+            )
         logits_KDHW = predict_logits(
             network,
             case.image,
@@ -79,32 +92,86 @@ def predict(
 
 def evaluate(
     model: Annotated[Path, typer.Argument(help=MODEL_HELP)],
-    data: Annotated[Path, typer.Argument(help="Folder with labelled cases.")],
+    cases: Annotated[Path | None, typer.Argument(metavar="[DATA]", help="Folder with labelled cases.")] = None,
+    data: Annotated[Path | None, typer.Option(help="The same.")] = None,
     person: Annotated[
         str, typer.Option(help="Who is one person: case, pairs, pattern:REGEX or column:FILE[:CASE:PERSON].")
     ] = "case",
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
     csv: Annotated[Path | None, typer.Option(help="Also write the scores of each case to this file.")] = None,
+    robustness: Annotated[
+        bool,
+        typer.Option(
+            "--robustness",
+            help="Of all networks of a result directory: other hospitals, simulated shifts, calibration; "
+            "or of one network on DATA. Started again, it goes on.",
+        ),
+    ] = False,
+    only: Annotated[str | None, typer.Option(help="Parts, with commas: cross-site, grid, calibration.")] = None,
+    effects: Annotated[str | None, typer.Option(help="Effects of the grid, with commas; absent: all.")] = None,
+    severities: Annotated[str | None, typer.Option(help="Of the grid, with commas: 1 (slight) to 5.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Federated methods, with commas; absent: all.")] = None,
+    surface: Annotated[
+        bool, typer.Option(help="With --robustness: HD95 and surface Dice too, which take longer.")
+    ] = False,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="With --robustness: processes; absent: one per core.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="With --robustness and one network: folder for what is measured."),
+    ] = None,
 ) -> None:
-    """Score a network on labelled cases: Dice, HD95 and surface Dice in mm, per structure."""
+    """Score a network on labelled cases, per structure; or, with --robustness, see what it is worth elsewhere."""
+    from fedseg.errors import ConfigError
+
+    if cases is not None and data is not None:
+        raise ConfigError("the folder with cases is named twice, as DATA and with --data; name it once")
+    data = cases or data
+    asked = {"--only": only, "--effects": effects, "--severities": severities, "--methods": methods,
+             "--surface": surface or None, "--workers": workers, "--output": output}  # fmt: skip
+    if robustness:
+        if csv is not None:
+            raise ConfigError("--csv is not for --robustness, whose scores are in robustness.sqlite")
+        from fedseg.cli.robustness import evaluate_robustness, question
+
+        evaluate_robustness(
+            model,
+            data,
+            question(only, effects, severities, methods, surface=surface),
+            person=person,
+            output=output,
+            workers=workers or (_cores() if device in ("cpu", "auto") else 1),
+            device=device,
+        )
+        return
+    if foreign := [option for option, value in asked.items() if value is not None]:
+        raise ConfigError(f"{foreign[0]} is for --robustness; add that, or leave {foreign[0]} out")
+    if data is None:
+        raise ConfigError(f"{model}: needs a folder with labelled cases: fedseg evaluate MODEL DATA")
+    _score_once(model, data, person, device, csv)
+
+
+def _score_once(model: Path, data: Path, person: str, device: str, csv: Path | None) -> None:
     import shlex
 
     from rich.console import Console
     from rich.progress import Progress
 
     from fedseg.data.cohort import PersonRule, read_cohort
-    from fedseg.data.preprocess import prepare_cohort
+    from fedseg.data.features import prepare_aligned
     from fedseg.device import configure, pick_device
     from fedseg.errors import DataError
     from fedseg.evaluation import evaluate as score
-    from fedseg.model_file import load_model_file
+    from fedseg.model_file import load_model
     from fedseg.site.config import default_cache
 
-    experiment, network = load_model_file(model)
+    experiment, network, fingerprint = load_model(model)
     cohort = read_cohort(data, PersonRule.parse(person))
     configure(threads=_cores())
     console = Console()
-    prepared = prepare_cohort(cohort, experiment.task, experiment.data, Path(default_cache()), progress=True)
+    where = Path(default_cache())
+    prepared = prepare_aligned(cohort, experiment.task, experiment.data, where, fingerprint, progress=True)
     if not prepared.cases:
         reasons = sorted(set(prepared.quarantined.values()))
         raise DataError(f"{data}: none of {len(cohort.cases)} cases can be used: {', '.join(reasons)}")
