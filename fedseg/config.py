@@ -254,6 +254,10 @@ class FederationConfig(Section):
     """Passes over a site's training cases per round."""
     proximal_mu: NonNegativeFloat = 0.0
     """FedProx: weight of (mu/2)||w - w_global||^2; 0 is FedAvg."""
+    control_variates: bool = False
+    """SCAFFOLD: sites correct their gradients by what the federation's differ from their own; wants `optimizer = "sgd"`."""
+    normalise_steps: bool = False
+    """FedNova: updates are divided by what the site's local steps amount to, for sites that take different numbers of steps."""
     exchange: Exchange = "all"
     """Tensors that are joined: `all`; `all-but-norms`: norm layers stay at their site (FedBN); `decoder`: the encoder does."""
     aggregate: Literal["mean", "median", "trimmed-mean"] = "mean"
@@ -328,6 +332,12 @@ class Experiment(Section):
             )
         if self.data.polarity == "aligned" and self.task.modality == "ct":
             raise ValueError("data.polarity: Hounsfield units are never reversed; leave it out for a CT task")
+        federation = self.federation
+        for key in ("control_variates", "normalise_steps"):
+            if getattr(federation, key) and federation.aggregate != "mean":
+                raise ValueError(f'federation.{key}: is about a mean of updates; use aggregate = "mean"')
+        if federation.control_variates and self.training.optimizer != "sgd":
+            raise ValueError('federation.control_variates: corrects gradient steps; use training.optimizer = "sgd"')
         from fedseg.models.registry import check_model, resolve
 
         key = "model"

@@ -205,6 +205,8 @@ _ALONE: dict[str, Any] = {
     "participation": 1.0,
     "exchange": "all",
     "proximal_mu": 0.0,
+    "control_variates": False,
+    "normalise_steps": False,
     "aggregate": "mean",
     "server_optimizer": "average",
     "server_learning_rate": 1.0,

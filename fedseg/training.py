@@ -18,6 +18,7 @@ from fedseg.config import TrainingConfig
 from fedseg.device import autocast
 from fedseg.errors import ConfigError, ModelError, TrainingDiverged
 from fedseg.losses import DiceCrossEntropy
+from fedseg.schedule import learning_rate
 
 T = TypeVar("T")
 
@@ -63,6 +64,7 @@ def train_locally(
     anchor: Mapping[str, Tensor] | None = None,
     proximal_mu: float = 0.0,
     unanchored: Collection[str] = (),
+    correction: Mapping[str, Tensor] | None = None,
     progress: float = 0.0,
     device: torch.device | str = "cpu",
     on_step: Callable[[int, float], None] | None = None,
@@ -80,6 +82,7 @@ def train_locally(
         anchor: the global weights by parameter name; needed if `proximal_mu > 0`, else not looked at.
         proximal_mu: FedProx's mu; 0 is plain local training.
         unanchored: names of parameters that FedProx does not pull, and that the anchor may lack.
+        correction: SCAFFOLD's c - c_i by parameter name, added to every gradient after clipping.
         progress: position of this call in the federation, `(round - 1) / rounds`; decides the learning rate.
         device: where to train.
         on_step: called with the number of steps so far (1, 2, ...) and that step's loss.
@@ -99,6 +102,7 @@ def train_locally(
     weights = list(trainable.values())
     pulled = {name: weight for name, weight in trainable.items() if name not in unanchored}
     anchors = _anchors(pulled, anchor, proximal_mu)
+    corrections = {name: control.to(device) for name, control in (correction or {}).items()}
     optimizer = _optimizer(weights, config, learning_rate(config, progress))
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
     criterion = DiceCrossEntropy(getattr(model, "deep_supervision_weights", None))
@@ -117,6 +121,8 @@ def train_locally(
         if proximal_mu > 0:
             add_proximal_gradient(list(pulled.values()), anchors, proximal_mu)
         norm = nn.utils.clip_grad_norm_(weights, config.clip_norm or math.inf)
+        for name, control in corrections.items():
+            add_correction(trainable[name], control)
         scaler.step(optimizer)
         scaler.update()
         meter.add(loss.detach(), norm)
@@ -133,28 +139,6 @@ def train_locally(
     )
 
 
-def learning_rate(config: TrainingConfig, progress: float) -> float:
-    """The learning rate at a point of the federation; it stays the same within a round.
-
-    Args:
-        config: base rate and schedule.
-        progress: in [0, 1]; 0 gives the base rate. `poly` and `cosine` reach 0 at 1, so the last round starts below it.
-
-    Raises:
-        ConfigError: progress is outside [0, 1].
-    """
-    if not 0 <= progress <= 1:
-        raise ConfigError(f"progress must be in [0, 1], got {progress}")
-    match config.schedule:
-        case "constant":
-            factor = 1.0
-        case "poly":
-            factor = (1 - progress) ** 0.9
-        case "cosine":
-            factor = 0.5 * (1 + math.cos(math.pi * progress))
-    return config.learning_rate * factor
-
-
 @torch.no_grad()
 def add_proximal_gradient(weights: Sequence[Tensor], anchors: Sequence[Tensor], proximal_mu: float) -> None:
     """Add `mu * (w - anchor)` to the gradients in place; a parameter without a gradient gets this one."""
@@ -167,6 +151,14 @@ def add_proximal_gradient(weights: Sequence[Tensor], anchors: Sequence[Tensor], 
         return
     for weight, gradient, anchor in zip(weights, gradients, anchors, strict=True):  # one small temporary at a time
         gradient.add_(weight - anchor, alpha=proximal_mu)
+
+
+@torch.no_grad()
+def add_correction(weight: nn.Parameter, control: Tensor) -> None:
+    """Add a control variate to a gradient in place; a parameter without a gradient gets this one."""
+    if weight.grad is None:
+        weight.grad = torch.zeros_like(weight)
+    weight.grad.add_(control)
 
 
 def use_channels_last(model: nn.Module) -> None:

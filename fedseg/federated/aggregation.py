@@ -6,6 +6,7 @@ sites ran. The rounding is at most 2^-37 of one weighted update, below the resol
 """
 
 import math
+from fractions import Fraction
 from typing import Protocol
 
 import numpy as np
@@ -22,11 +23,15 @@ LARGEST = 2.0**46
 """Largest `weight * |delta|` at all: thousands of them fit into two integers. Running variances may well reach 10^6."""
 
 
+Weight = int | Fraction
+"""Rational, so that sums of weights are exact too."""
+
+
 class Aggregator(Protocol):
     """Takes the accepted updates of one round, in any order, and joins them."""
 
-    def fold(self, site: str, delta: Weights, weight: int) -> None:
-        """Add one update with a positive integer weight."""
+    def fold(self, site: str, delta: Weights, weight: int, steps: int) -> None:
+        """Add one update with a positive integer weight, which its site reached in so many local steps."""
 
     def result(self) -> Weights:
         """The joint update of at least one site."""
@@ -39,23 +44,18 @@ class StreamingMean:
     """
 
     def __init__(self) -> None:
-        self._only: tuple[Weights, int] | None = None
+        self._only: tuple[Weights, Weight] | None = None
         self._sums: dict[str, _ExactSum] = {}
-        self._total = 0
+        self._total: Weight = 0
         self._bound = 0.0
 
-    def fold(self, site: str, delta: Weights, weight: int) -> None:
+    def fold(self, site: str, delta: Weights, weight: Weight, steps: int = 1) -> None:  # noqa: ARG002 - see NormalisedMean
         """Add one update.
 
         Raises:
             UpdateRefused: a value is too large to be added exactly; the sum is as before.
         """
-        peaks = _peaks(delta, weight)
-        largest = float(np.max([0.0, *peaks.values()]))
-        if not largest < LARGEST:
-            raise UpdateRefused(
-                "too-large", f"update of {site}: values up to {largest / weight:g} cannot be added exactly"
-            )
+        peaks = require_exact(site, delta, weight)
         self._total += weight
         if self._total == weight:
             self._only = delta, weight
@@ -71,9 +71,9 @@ class StreamingMean:
         """The weighted mean of everything that was folded in."""
         if self._only is not None:
             return dict(self._only[0])
-        return {name: total.scaled(1.0 / self._total) for name, total in self._sums.items()}
+        return {name: total.scaled(float(1 / Fraction(self._total))) for name, total in self._sums.items()}
 
-    def _add(self, delta: Weights, weight: int, peaks: dict[str, float]) -> None:
+    def _add(self, delta: Weights, weight: Weight, peaks: dict[str, float]) -> None:
         least = 2.0 ** (LOW_BITS - FRACTION_BITS)  # what the first integer of a large term may be
         step = max(least, max((peak for peak in peaks.values() if peak < NARROW), default=0.0))
         if self._bound + step >= NARROW:
@@ -85,9 +85,24 @@ class StreamingMean:
             self._sums[name].add(array, weight, wide=peaks[name] >= NARROW)
 
 
-def _peaks(delta: Weights, weight: int) -> dict[str, float]:
+def require_exact(site: str, delta: Weights, weight: Weight) -> dict[str, float]:
+    """Largest `weight * |value|` of each tensor, if they can all be added exactly.
+
+    Raises:
+        UpdateRefused: one is too large for that.
+    """
+    peaks = _peaks(delta, weight)
+    largest = float(np.max([0.0, *peaks.values()]))
+    if not largest < LARGEST:
+        raise UpdateRefused(
+            "too-large", f"update of {site}: values up to {largest / float(weight):g} cannot be added exactly"
+        )
+    return peaks
+
+
+def _peaks(delta: Weights, weight: Weight) -> dict[str, float]:
     """Largest `weight * |value|` of each tensor."""
-    return {name: weight * float(np.max(np.abs(array), initial=0.0)) for name, array in delta.items()}
+    return {name: float(weight) * float(np.max(np.abs(array), initial=0.0)) for name, array in delta.items()}
 
 
 class _ExactSum:
@@ -98,9 +113,9 @@ class _ExactSum:
         self._low = np.zeros(math.prod(shape), np.int64)
         self._high: NDArray[np.int64] | None = None
 
-    def add(self, array: FloatArray, weight: int, *, wide: bool = False) -> None:
+    def add(self, array: FloatArray, weight: Weight, *, wide: bool = False) -> None:
         """Add `weight * array`, rounded to a unit; exact otherwise. `wide` takes terms that one integer cannot hold."""
-        flat, unit = array.reshape(-1), math.ldexp(weight, FRACTION_BITS)
+        flat, unit = array.reshape(-1), math.ldexp(float(weight), FRACTION_BITS)
         scratch = np.empty(min(CHUNK, flat.size), np.float64)
         for start in range(0, flat.size, CHUNK):
             part = flat[start : start + CHUNK]
@@ -152,7 +167,7 @@ class RobustMean:
         self._trim = trim
         self._deltas: dict[str, Weights] = {}
 
-    def fold(self, site: str, delta: Weights, weight: int) -> None:  # noqa: ARG002 - robust means weigh every site alike
+    def fold(self, site: str, delta: Weights, weight: int, steps: int = 1) -> None:  # noqa: ARG002 - every site counts alike
         """Keep one update."""
         self._deltas[site] = delta
 

@@ -17,6 +17,7 @@ from fedseg.federated.fingerprint import Fingerprint, joined, vote
 from fedseg.federated.messages import Answer, RoundInstructions, SiteFailure, SiteUpdate
 from fedseg.federated.phases import PhaseClock
 from fedseg.federated.rounds import (
+    CONTROL,
     AcceptedUpdate,
     RoundReport,
     ServerState,
@@ -29,6 +30,7 @@ from fedseg.federated.rounds import (
 )
 from fedseg.federated.screening import screen, screen_fingerprint, screen_scores
 from fedseg.federated.sketch import Sketch, cosine, sketch
+from fedseg.federated.steps import Controls, NormalisedMean, reported_steps
 from fedseg.federated.store import RunStore
 from fedseg.federated.weights import Weights, num_bytes
 from fedseg.metrics import means_from_sums
@@ -117,6 +119,7 @@ class _Attempt:
     asked: tuple[str, ...]
     aggregator: Aggregator
     clock: PhaseClock
+    controls: Controls | None = None
     accepted: dict[str, AcceptedUpdate] = field(default_factory=dict)
     sketches: dict[str, Sketch] = field(default_factory=dict)
     """Of the accepted updates' parameters; the updates themselves are not kept."""
@@ -139,7 +142,11 @@ class _Run:
         attempt.clock.enter("aggregate")
         joined = attempt.aggregator.result()
         accepted = _with_cosines(attempt, joined, state)
-        after = apply_round(state, joined, [update.norm for update in accepted], self.experiment.federation)
+        norms = [update.norm for update in accepted]
+        control = None
+        if attempt.controls is not None:
+            control = attempt.controls.after(state.moments.get(CONTROL), len(self.fleet.sites()))
+        after = apply_round(state, joined, norms, self.experiment.federation, control)
         phases = attempt.clock.seconds()
         seconds = sum(phases.values())
         report = RoundReport(after.server_round, attempt.number, attempt.asked, accepted, failures, seconds, phases)
@@ -202,7 +209,8 @@ class _Run:
 
     def _exchange(self, instructions: RoundInstructions, asked: tuple[str, ...]) -> Iterator[Answer]:
         answers = self.fleet.exchange(instructions, asked, self.experiment.federation.deadline)
-        self.store.sent(instructions.server_round, asked, num_bytes(instructions.weights))
+        size = num_bytes(instructions.weights) + num_bytes(instructions.control)
+        self.store.sent(instructions.server_round, asked, size)
         return answers
 
     def _until_quorum(self, state: ServerState) -> tuple[_Attempt, tuple[SiteFailure, ...]]:
@@ -215,7 +223,7 @@ class _Run:
             self.store.waiting.begin(server_round, asked, number)
             reach("round-begun")
             clock = PhaseClock("broadcast", self.store.waiting.enter)
-            attempt = _Attempt(number, asked, make_aggregator(config.aggregate, config.trim), clock)
+            attempt = _Attempt(number, asked, self._aggregator(state), clock, self._controls(state))
             answers = self._exchange(instructions, asked)
             clock.enter("wait")
             for answer in answers:
@@ -238,6 +246,18 @@ class _Run:
             f" {reasons or 'No site failed: too few are connected'}"
         )
 
+    def _aggregator(self, state: ServerState) -> Aggregator:
+        config = self.experiment.federation
+        if config.normalise_steps:
+            return NormalisedMean(self.experiment.training, state.buffers)
+        return make_aggregator(config.aggregate, config.trim)
+
+    def _controls(self, state: ServerState) -> Controls | None:
+        config = self.experiment.federation
+        if not config.control_variates:
+            return None
+        return Controls(self.experiment.training, state.server_round / config.rounds, state.buffers)
+
     def _take(self, answer: Answer, attempt: _Attempt, state: ServerState) -> AcceptedUpdate | SiteFailure:
         if isinstance(answer, SiteFailure):
             return answer
@@ -245,7 +265,12 @@ class _Run:
         try:
             _check_asked(answer, attempt.asked, attempt.accepted)
             size = screen(answer, server_round, state.exchanged, state.norms, federation.screening, state.buffers)
-            attempt.aggregator.fold(answer.site, answer.delta, site_weight(answer.num_cases, federation))
+            controls = attempt.controls
+            steps = reported_steps(answer.site, answer.training) if controls or federation.normalise_steps else 1
+            gradient = None if controls is None else controls.gradient(answer.site, answer.delta, steps)
+            attempt.aggregator.fold(answer.site, answer.delta, site_weight(answer.num_cases, federation), steps)
+            if controls is not None and gradient is not None:
+                controls.fold(answer.site, gradient)
             attempt.sketches[answer.site] = sketch(answer.delta, state.buffers)
         except UpdateRefused as refusal:
             return SiteFailure(answer.site, server_round, "refused", refusal.reason)

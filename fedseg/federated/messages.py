@@ -17,6 +17,8 @@ from fedseg.federated.weights import Weights
 FORMAT = 3
 LONGEST_NAME = 200
 LARGEST_COUNT = 10**9
+CONTROL = "control/"
+"""Begins the names of the tensors of `RoundInstructions.control`."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class RoundInstructions:
     fingerprint: Fingerprint = UNKNOWN
     """What the federation's images look like; empty where sites do not tell. A request that neither trains nor evaluates asks for
     the site's own, and has no weights."""
+    control: Weights = field(default_factory=dict)
+    """SCAFFOLD's control of the server, of parameters only; empty without it, and before round 2."""
 
     def encode(self) -> bytes:
         """The message as bytes."""
@@ -45,11 +49,12 @@ class RoundInstructions:
 
     def buffers(self) -> list[Buffer]:
         """The bytes of `encode` in pieces that share memory with the tensors."""
-        return _buffers("instructions", self.header(), self.weights)
+        control = {CONTROL + name: array for name, array in self.control.items()}
+        return _buffers("instructions", self.header(), self.weights | control)
 
     def header(self) -> dict[str, Any]:
         """Everything but the tensors."""
-        header = {key: value for key, value in vars(self).items() if key != "weights"}
+        header = {key: value for key, value in vars(self).items() if key not in ("weights", "control")}
         return header | {"fingerprint": self.fingerprint.to_dict()}
 
     @classmethod
@@ -79,7 +84,9 @@ class RoundInstructions:
         types |= {"fingerprint": dict}
         _check_fields("instructions", header, types)
         _check_count("instructions", "server_round", header["server_round"])
-        return cls(weights=tensors, **{**header, "fingerprint": _fingerprint("instructions", header)})
+        weights = {name: array for name, array in tensors.items() if not name.startswith(CONTROL)}
+        control = {name.removeprefix(CONTROL): array for name, array in tensors.items() if name.startswith(CONTROL)}
+        return cls(weights=weights, control=control, **{**header, "fingerprint": _fingerprint("instructions", header)})
 
 
 @dataclass(frozen=True)

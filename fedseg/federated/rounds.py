@@ -17,6 +17,8 @@ from fedseg.federated.phases import Phase
 from fedseg.federated.weights import FloatArray, Weights
 
 NORMS_KEPT = 50
+CONTROL = "control"
+"""SCAFFOLD's control of the server, among the moments of the state."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ def instructions_for(state: ServerState, experiment: Experiment, document: str) 
         evaluate=evaluate,
         surface=experiment.evaluation.surface_metrics,
         fingerprint=state.fingerprint,
+        control=state.moments.get(CONTROL, {}),
     )
 
 
@@ -138,7 +141,13 @@ def site_weight(num_cases: int, config: FederationConfig) -> int:
     return num_cases if config.weighting == "cases" else 1
 
 
-def apply_round(state: ServerState, joined: Weights, norms: Sequence[float], config: FederationConfig) -> ServerState:
+def apply_round(
+    state: ServerState,
+    joined: Weights,
+    norms: Sequence[float],
+    config: FederationConfig,
+    control: Weights | None = None,
+) -> ServerState:
     """The state after a round.
 
     Args:
@@ -146,8 +155,11 @@ def apply_round(state: ServerState, joined: Weights, norms: Sequence[float], con
         joined: the joint update of the accepted sites, of all exchanged tensors.
         norms: their norms, in the order of the sites' names.
         config: decides the server optimizer.
+        control: SCAFFOLD's control after the round.
     """
     steps, moments = _server_step(state, joined, config)
+    if control is not None:
+        moments = {**moments, CONTROL: control}
     weights = {name: array if name in state.private else array + steps[name] for name, array in state.weights.items()}
     kept = (*state.norms, *norms)[-NORMS_KEPT:]
     return replace(state, server_round=state.server_round + 1, weights=weights, moments=moments, norms=kept)

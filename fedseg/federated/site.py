@@ -21,8 +21,9 @@ from fedseg.data.patches import Batch, PatchSampler
 from fedseg.data.preprocess import PreparedCase, PreparedCohort, prepare_cohort, require_enough
 from fedseg.data.shift.profiles import Shift
 from fedseg.device import pick_device, seed_everything
-from fedseg.errors import ConfigError, SiteAbstained, SiteLate, TrainingDiverged
+from fedseg.errors import ConfigError, ModelError, SiteAbstained, SiteLate, TrainingDiverged
 from fedseg.evaluation import evaluate
+from fedseg.federated.controls import SiteControls
 from fedseg.federated.exchange import anchor_of, buffer_names, check_weights, private_names, put_weights, take_weights
 from fedseg.federated.machines import MachinePlan
 from fedseg.federated.messages import Answer, RoundInstructions, SiteFailure, SiteUpdate
@@ -122,7 +123,10 @@ class Site:
         require_enough(data.training, data.num_listed, experiment.data)
         if private:
             kept.begin(instructions.server_round, instructions.weights)
-        training = self._train(model, data.training.cases, experiment, instructions.server_round, device, private)
+        controls = self._controls(experiment, instructions, model, private)
+        training = self._train(
+            model, data.training.cases, experiment, instructions.server_round, device, private, controls
+        )
         trained = take_weights(model)
         if private:
             kept.save(
@@ -130,6 +134,8 @@ class Site:
             )
         delta = subtract(trained, {name: array for name, array in instructions.weights.items() if name not in private})
         delta = protect(delta, experiment.privacy, self._noise(experiment.seed, instructions.server_round))
+        if controls is not None:
+            controls.keep(delta, training["steps"])
         return SiteUpdate(update.site, update.server_round, delta, update.num_cases, sums, training, update.quarantined)
 
     def prepare(self, experiment: Experiment, *, progress: bool = False) -> SiteData:
@@ -160,6 +166,21 @@ class Site:
         """The site's cases as they lie on disk."""
         cohort = read_cohort(Path(self.config.data), self.config.person)
         return cohort if self.config.cases is None else cohort.subset(self.config.cases)
+
+    def _controls(
+        self, experiment: Experiment, instructions: RoundInstructions, model: nn.Module, private: Collection[str]
+    ) -> SiteControls | None:
+        """SCAFFOLD at this site; None without it."""
+        if not experiment.federation.control_variates:
+            return None
+        parameters = {name: instructions.weights[name] for name, _ in model.named_parameters() if name not in private}
+        if not instructions.control.keys() <= parameters.keys() or any(
+            array.shape != parameters[name].shape for name, array in instructions.control.items()
+        ):
+            raise ModelError("the received control is not that of the experiment's network")
+        folder = self.config.state_folder / "controls"
+        kept = PrivateTensors(folder, instructions.experiment, self.config.name, parameters)
+        return SiteControls(kept, instructions, experiment, parameters)
 
     def _noise(self, seed: int, server_round: int) -> np.random.Generator:
         if self._seeded_noise:
@@ -197,6 +218,7 @@ class Site:
         server_round: int,
         device: torch.device,
         private: Collection[str],
+        controls: SiteControls | None,
     ) -> dict[str, float]:
         federation, training, name = experiment.federation, experiment.training, self.config.name
         if training.steps_per_epoch is not None:
@@ -218,6 +240,7 @@ class Site:
             anchor=anchor_of(model) if federation.proximal_mu else None,
             proximal_mu=federation.proximal_mu,
             unanchored=private,  # there is no common value to which they could be pulled
+            correction=None if controls is None else controls.correction(),
             progress=(server_round - 1) / federation.rounds,
             device=device,
         )
