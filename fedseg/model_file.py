@@ -20,6 +20,7 @@ from fedseg.config import Experiment, parse_experiment
 from fedseg.errors import ModelError
 from fedseg.federated.checkpoint import write_durably
 from fedseg.federated.exchange import put_weights
+from fedseg.federated.fingerprint import UNKNOWN, Fingerprint
 from fedseg.federated.private import PrivateTensors
 from fedseg.federated.site import new_model, private_of
 from fedseg.federated.weights import Weights
@@ -37,10 +38,18 @@ class ModelFile:
     """The run that it comes from, for people."""
     missing: tuple[str, ...]
     """Names of tensors that are only initial values here, because they stayed at the sites."""
+    fingerprint: Fingerprint = UNKNOWN
+    """What the images look like that it was trained on; empty where the sites did not tell."""
 
 
 def save_model_file(
-    path: Path, experiment: Experiment, weights: Weights, origin: str, *, site: str | None = None
+    path: Path,
+    experiment: Experiment,
+    weights: Weights,
+    origin: str,
+    *,
+    site: str | None = None,
+    fingerprint: Fingerprint = UNKNOWN,
 ) -> None:
     """Write a network for `fedseg predict` and `fedseg evaluate`.
 
@@ -50,9 +59,11 @@ def save_model_file(
         weights: its weights.
         origin: the run that it comes from, for people.
         site: whose private tensors are in the weights; None: those of no site.
+        fingerprint: what the images look like that it was trained on.
     """
     header = {"format": 1, "version": __version__, "origin": origin, "experiment": experiment.to_json()}
     header |= {"missing": sorted(private_of(experiment))} if site is None else {"site": site}
+    header |= {"fingerprint": fingerprint.to_dict()}
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: np.asarray(array, order="C") for name, array in weights.items()}
     write_durably(path, save_tensors(tensors, metadata={"fedseg-model": json.dumps(header)}))
@@ -80,7 +91,8 @@ def save_site_model(path: Path, model: ModelFile, state: Path, site: str) -> Non
             f"site {site!r} has no tensors of {model.origin} in {kept.folder}: either it has not trained in that federation, "
             "or it had another name, `cache` or `state` folder then"
         )
-    save_model_file(path, model.experiment, model.weights | own, f"{model.origin}/{site}", site=site)
+    origin, weights = f"{model.origin}/{site}", model.weights | own
+    save_model_file(path, model.experiment, weights, origin, site=site, fingerprint=model.fingerprint)
 
 
 def model_path(output: Path, run: str, site: str | None = None) -> Path:
@@ -95,7 +107,20 @@ def site_model_path(output: Path, run: str, site: str) -> Path:
 
 
 def load_model_file(path: Path) -> tuple[Experiment, nn.Module]:
-    """Read a network, ready for inference.
+    """Read a network, ready for inference, without its fingerprint.
+
+    Args:
+        path: a file of `save_model_file`, or a result directory (its federated model).
+
+    Raises:
+        ModelError: there is no such file, it is damaged or something else, or lacks what stayed at the sites.
+    """
+    experiment, model, _ = load_model(path)
+    return experiment, model
+
+
+def load_model(path: Path) -> tuple[Experiment, nn.Module, Fingerprint]:
+    """Read a network, ready for inference, and what the images look like that it was trained on.
 
     Args:
         path: a file of `save_model_file`, or a result directory (its federated model).
@@ -115,7 +140,7 @@ def load_model_file(path: Path) -> tuple[Experiment, nn.Module]:
         )
     model = new_model(file.experiment)
     put_weights(model, file.weights)
-    return file.experiment, model.eval()
+    return file.experiment, model.eval(), file.fingerprint
 
 
 def read_model_file(path: Path) -> ModelFile:
@@ -139,6 +164,7 @@ def read_model_file(path: Path) -> ModelFile:
             weights=load_tensors(data),
             origin=header["origin"],
             missing=tuple(header.get("missing", ())),
+            fingerprint=Fingerprint.from_dict(header.get("fingerprint", {})),
         )
     except FileNotFoundError:
         raise ModelError(

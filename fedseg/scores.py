@@ -13,14 +13,16 @@ import torch
 from pydantic import TypeAdapter
 
 from fedseg.config import Experiment
-from fedseg.data.preprocess import PreparedCase, prepare_cohort
+from fedseg.data.features import prepare_aligned
+from fedseg.data.preprocess import PreparedCase
 from fedseg.device import pick_device
 from fedseg.evaluation import evaluate
 from fedseg.federated.checkpoint import write_durably
+from fedseg.federated.fingerprint import Fingerprint
 from fedseg.federated.site import Site
 from fedseg.federated.store import RunStore
 from fedseg.metrics import FAILURE_DICE, LabelScore, bootstrap_ci
-from fedseg.model_file import load_model_file
+from fedseg.model_file import load_model
 from fedseg.models.registry import ARCHITECTURES
 from fedseg.scenario import Layout, Scenario
 from fedseg.site.config import SiteConfig
@@ -61,14 +63,14 @@ def score_model(
     """
     sites = {site.name: site for site in layout.sites}
     torch.set_num_threads(layout.sites[0].threads)
-    _, model = load_model_file(model_file)
+    own, model, fingerprint = load_model(model_file)
     known: dict[str, dict[tuple[str, str, str], LabelScore]] = {}
     rows = []
     for name in hospitals:
         view = layout.scored_on(name)
         same = f"{name}" if view is None else view.model_copy(update={"name": "-"}).model_dump_json()
         if same not in known:  # hospitals without a scanner of their own see the same
-            cases = _all_cases(view, experiment) if view else Site(sites[name]).prepare(experiment).validation.cases
+            cases = _all_cases(view, own, fingerprint) if view else _own_cases(sites[name], own, fingerprint)
             known[same] = _score(model, experiment, cases, (view or sites[name]).device)
         rows += [CaseRow(run, name, *key, *astuple(score)) for key, score in known[same].items()]
     return rows
@@ -212,9 +214,14 @@ def _score(
     return {(case.name, case.person, label): score for case in evaluation.cases for label, score in case.labels.items()}
 
 
-def _all_cases(site: SiteConfig, experiment: Experiment) -> Sequence[PreparedCase]:
+def _own_cases(site: SiteConfig, experiment: Experiment, fingerprint: Fingerprint) -> Sequence[PreparedCase]:
+    return Site(site).prepare(experiment, fingerprint).validation.cases
+
+
+def _all_cases(site: SiteConfig, experiment: Experiment, fingerprint: Fingerprint) -> Sequence[PreparedCase]:
     shift = site.shift and site.shift.for_scoring
-    return prepare_cohort(Site(site).cohort(), experiment.task, experiment.data, Path(site.cache), shift=shift).cases
+    cohort, task, data = Site(site).cohort(), experiment.task, experiment.data
+    return prepare_aligned(cohort, task, data, Path(site.cache), fingerprint, shift=shift).cases
 
 
 def _site_counts(site: SiteConfig, experiment: Experiment) -> dict[str, Any]:

@@ -196,7 +196,7 @@ def train_alone(
     fleet = InProcessFleet([site.config.name], lambda name, instructions: answer_safely(site, name, instructions))
     state = _run(experiment, run, output, fleet, resume, observe)
     path = model_path(output, run)
-    save_model_file(path, experiment, state.weights, f"{experiment.name}/{run}")
+    save_model_file(path, experiment, state.weights, f"{experiment.name}/{run}", fingerprint=state.fingerprint)
     return path
 
 
@@ -269,12 +269,13 @@ def _save_models(
 ) -> None:
     """Write the server's model, and each site's own if tensors stayed at the sites."""
     origin = f"{experiment.name}/{method}"
-    save_model_file(model_path(output, method), experiment, state.weights, origin)
+    save_model_file(model_path(output, method), experiment, state.weights, origin, fingerprint=state.fingerprint)
     for site in sites if state.private else ():
         kept = PrivateTensors(site.state_folder, experiment.to_json(), site.name, state.private)
         own = kept.latest() or {}  # a site that was never asked has the initial values
         path = site_model_path(output, method, site.name)
-        save_model_file(path, experiment, state.weights | own, f"{origin}/{site.name}", site=site.name)
+        weights, told = state.weights | own, f"{origin}/{site.name}"
+        save_model_file(path, experiment, weights, told, site=site.name, fingerprint=state.fingerprint)
 
 
 def _baselines(scenario: Scenario, layout: Layout) -> dict[str, tuple[SiteConfig, ...]]:

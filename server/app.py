@@ -69,7 +69,7 @@ def _run(experiment: Experiment, fleet: FlowerFleet, directory: Path, wait_for: 
     finally:
         store.close()
     path = directory / "models" / f"{RUN}.safetensors"
-    save_model_file(path, experiment, state.weights, f"{experiment.name}/{RUN}")
+    save_model_file(path, experiment, state.weights, f"{experiment.name}/{RUN}", fingerprint=state.fingerprint)
     log.info("done; the model is %s", path)
     if state.private:
         log.info(

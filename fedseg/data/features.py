@@ -5,13 +5,18 @@ shape of intensities with fewer numbers, and their spread from case to case is a
 """
 
 import itertools
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from fedseg.data.preprocess import PreparedCase
-from fedseg.federated.fingerprint import AXES, GRID, PERCENTAGES, CaseFeatures
+from fedseg.config import DataConfig, TaskConfig
+from fedseg.data.cohort import Cohort
+from fedseg.data.preprocess import PreparedCase, PreparedCohort, negated, prepare_cohort
+from fedseg.data.shift.profiles import Shift
+from fedseg.federated.fingerprint import AXES, GRID, PERCENTAGES, CaseFeatures, Fingerprint, polarity
 
 MIDDLE = 0.6
 """Share of each side of the volume where the layout is taken: there is hardly any air, which is dark in every contrast."""
@@ -30,7 +35,50 @@ def describe(case: PreparedCase) -> CaseFeatures:
     values |= {f"field of view {axis}": _log(mm) for axis, mm in zip(AXES, lengths, strict=True)}
     for number, channel in enumerate(case.image):
         values |= {f"{name} #{number}": value for name, value in _of_channel(channel).items()}
-    return CaseFeatures(values, tuple(float(v) for channel in case.image for v in layout(channel)))
+    return CaseFeatures(values, layout_of(case.image))
+
+
+def prepare_aligned(
+    cohort: Cohort,
+    task: TaskConfig,
+    config: DataConfig,
+    cache: Path,
+    fingerprint: Fingerprint,
+    *,
+    shift: Shift | None = None,
+    progress: bool = False,
+) -> PreparedCohort:
+    """Prepare cases for a network: like `prepare_cohort`, and negated if the network wants that and all together are reversed.
+
+    Args:
+        cohort: the cases.
+        task: labels, channels and modality.
+        config: orientation, spacing, crop, intensities, polarity.
+        cache: folder for prepared arrays.
+        fingerprint: of the federation that trained the network.
+        shift: a simulated hospital's scanner and annotator.
+        progress: show a bar.
+
+    Raises:
+        DataError: the cache cannot be written.
+    """
+    prepared = prepare_cohort(cohort, task, config, cache, shift=shift, progress=progress)
+    if config.polarity == "as-is" or not fingerprint or not prepared.cases:
+        return prepared
+    signs = polarity((layout_of(case.image) for case in prepared.cases), fingerprint)
+    return prepared if min(signs) > 0 else prepare_cohort(cohort, task, config, cache, shift=shift, signs=signs)
+
+
+def align(case: PreparedCase, config: DataConfig, fingerprint: Fingerprint) -> PreparedCase:
+    """One image as a network wants it: negated, if the network wants that and it is reversed."""
+    if config.polarity == "as-is" or not fingerprint:
+        return case
+    return replace(case, image=negated(case.image, polarity([layout_of(case.image)], fingerprint)))
+
+
+def layout_of(image_CDHW: NDArray[np.float32]) -> tuple[float, ...]:
+    """The layouts of all channels, one after the other."""
+    return tuple(float(value) for channel in image_CDHW for value in layout(channel))
 
 
 def layout(image_DHW: NDArray[np.float32]) -> NDArray[np.float64]:

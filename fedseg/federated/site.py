@@ -17,14 +17,17 @@ from fedseg import logs
 from fedseg.config import Experiment, parse_experiment
 from fedseg.data.augment import mirror_pairs
 from fedseg.data.cohort import Cohort, read_cohort, split_by_person
+from fedseg.data.features import describe
 from fedseg.data.patches import Batch, PatchSampler
 from fedseg.data.preprocess import PreparedCase, PreparedCohort, prepare_cohort, require_enough
 from fedseg.data.shift.profiles import Shift
 from fedseg.device import pick_device, seed_everything
+from fedseg.drift import SiteDrift, site_drift
 from fedseg.errors import ConfigError, ModelError, SiteAbstained, SiteLate, TrainingDiverged
 from fedseg.evaluation import evaluate
 from fedseg.federated.controls import SiteControls
 from fedseg.federated.exchange import anchor_of, buffer_names, check_weights, private_names, put_weights, take_weights
+from fedseg.federated.fingerprint import UNKNOWN, CaseFeatures, Fingerprint, Signs, fingerprint_of, joined, polarity
 from fedseg.federated.machines import MachinePlan
 from fedseg.federated.messages import Answer, RoundInstructions, SiteFailure, SiteUpdate
 from fedseg.federated.privacy import protect
@@ -86,10 +89,11 @@ class Site:
         """As many steps as so many sites take in an epoch, where the experiment says how many that are."""
         self.last_training: TrainingReport | None = None
         """For those who look on at the site; of it `__call__` returns what the server may know."""
-        self._data: dict[str, SiteData] = {}
+        self._data: dict[tuple[str, Signs], SiteData] = {}
+        self._features: dict[tuple[str, Signs], tuple[CaseFeatures, ...]] = {}
 
     def __call__(self, instructions: RoundInstructions) -> SiteUpdate:
-        """Score the received weights, train on them, and return what changed.
+        """Score the received weights, train on them, and return what changed; or only the site's fingerprint.
 
         Private tensors take the place of the received ones, and are kept for the next round.
 
@@ -103,9 +107,11 @@ class Site:
             StoreError: the site's private tensors are damaged.
         """
         experiment = _parsed(instructions.experiment)
+        if not instructions.train and not instructions.evaluate:
+            return self._fingerprint_alone(experiment, instructions.server_round)
         check_weights(outline(instructions.experiment), instructions.weights)  # before memory is taken for them
         torch.set_num_threads(self.config.threads)
-        data = self.prepare(experiment)
+        data = self.prepare(experiment, instructions.fingerprint)
         device = pick_device(self.config.device)
         model = warm_model(instructions.experiment, device)
         private = private_in(model, experiment)
@@ -138,9 +144,61 @@ class Site:
             controls.keep(delta, training["steps"])
         return SiteUpdate(update.site, update.server_round, delta, update.num_cases, sums, training, update.quarantined)
 
-    def prepare(self, experiment: Experiment, *, progress: bool = False) -> SiteData:
-        """Split the site's persons and preprocess their cases, once per experiment."""
-        key = experiment.digest()
+    def prepare(
+        self, experiment: Experiment, fingerprint: Fingerprint = UNKNOWN, *, progress: bool = False
+    ) -> SiteData:
+        """Split the site's persons and preprocess their cases, once per experiment.
+
+        Args:
+            experiment: says how.
+            fingerprint: the federation's; where the experiment wants it, images are negated to agree with it.
+            progress: show a bar.
+        """
+        data = self._prepare(experiment, (), progress)
+        signs = self._signs(experiment, fingerprint)
+        return self._prepare(experiment, signs, progress) if signs else data
+
+    def fingerprint(self, experiment: Experiment) -> Fingerprint:
+        """Sums over the training images as they are."""
+        return fingerprint_of(self._describe(experiment, ()))
+
+    def drift(self, experiment: Experiment, fingerprint: Fingerprint) -> SiteDrift:
+        """How unusual the training images, as they are trained on, are in the federation. For the site alone.
+
+        Raises:
+            ValueError: the fingerprint has other features.
+        """
+        return site_drift(self._describe(experiment, self._signs(experiment, fingerprint)), fingerprint)
+
+    def _signs(self, experiment: Experiment, fingerprint: Fingerprint) -> Signs:
+        """-1 for each channel to be negated; empty if there is none."""
+        if experiment.data.polarity == "as-is" or not fingerprint:
+            return ()
+        signs = polarity((case.layout for case in self._describe(experiment, ())), fingerprint)
+        return signs if min(signs, default=1) < 0 else ()
+
+    def _describe(self, experiment: Experiment, signs: Signs) -> tuple[CaseFeatures, ...]:
+        key = (experiment.digest(), signs)
+        if key not in self._features:
+            cases = self._prepare(experiment, signs, progress=False).training.cases
+            while len(self._features) >= EXPERIMENTS_OPEN:
+                del self._features[next(iter(self._features))]
+            self._features[key] = tuple(describe(case) for case in self._noticed(cases, "looking"))
+        return self._features[key]
+
+    def _noticed(self, cases: Sequence[PreparedCase], doing: str) -> Iterator[PreparedCase]:
+        for done, case in enumerate(cases):
+            self.watch(doing, done, len(cases))
+            yield case
+
+    def _fingerprint_alone(self, experiment: Experiment, server_round: int) -> SiteUpdate:
+        data = self.prepare(experiment)
+        require_enough(data.training, data.num_listed, experiment.data)
+        found = self.fingerprint(experiment)
+        return SiteUpdate(self.config.name, server_round, {}, len(data.training.cases), fingerprint=found)
+
+    def _prepare(self, experiment: Experiment, signs: Signs, progress: bool) -> SiteData:
+        key = (experiment.digest(), signs)
         if key not in self._data:
             while len(self._data) >= EXPERIMENTS_OPEN:
                 del self._data[next(iter(self._data))]
@@ -150,7 +208,7 @@ class Site:
 
             def prepared(part: Cohort, before: int, shift: Shift | None) -> PreparedCohort:
                 return prepare_cohort(
-                    part, experiment.task, experiment.data, cache, shift=shift, progress=progress,
+                    part, experiment.task, experiment.data, cache, shift=shift, signs=signs, progress=progress,
                     on_case=lambda done: self.watch("preparing", before + done, total),
                 )  # fmt: skip
 
@@ -274,14 +332,21 @@ class PooledSite(Site):
         self._sites = tuple(sites)
         self.parts = len(sites)
 
-    def prepare(self, experiment: Experiment, *, progress: bool = False) -> SiteData:
-        """Join what the sites prepare."""
-        parts = [site.prepare(experiment, progress=progress) for site in self._sites]
+    def prepare(
+        self, experiment: Experiment, fingerprint: Fingerprint = UNKNOWN, *, progress: bool = False
+    ) -> SiteData:
+        """Join what the sites prepare; each decides for its own images whether to negate them."""
+        parts = [site.prepare(experiment, fingerprint, progress=progress) for site in self._sites]
         return SiteData(
             self._join([part.training for part in parts]),
             self._join([part.validation for part in parts]),
             sum(part.num_listed for part in parts),
         )
+
+    def fingerprint(self, experiment: Experiment) -> Fingerprint:
+        """That of the sites together, as the server would join it."""
+        parts = {site.config.name: site.fingerprint(experiment) for site in self._sites}
+        return joined(parts, aligned=experiment.data.polarity == "aligned")
 
     def _join(self, cohorts: Sequence[PreparedCohort]) -> PreparedCohort:
         """Names get their site's in front: two sites may use the same ones."""

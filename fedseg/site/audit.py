@@ -197,6 +197,9 @@ def what_left(update: SiteUpdate, payload_sha256: str, num_bytes: int) -> dict[s
         "sums": _names(update.sums),
         "training": _names(update.training),
         "quarantined": _names(update.quarantined),
+        "fingerprint": {"cases": update.fingerprint.cases, "features": len(update.fingerprint.sums)}
+        if update.fingerprint
+        else None,
     }
 
 

@@ -18,6 +18,7 @@ from fedseg.config import Experiment, parse_experiment
 from fedseg.data.cache import lookups
 from fedseg.errors import AuditError, PolicyRefused, RoundCancelled, SiteAbstained
 from fedseg.federated.document import Buffer
+from fedseg.federated.fingerprint import Fingerprint
 from fedseg.federated.messages import Answer, RoundInstructions, SiteFailure, SiteUpdate
 from fedseg.federated.site import Site, Watch
 from fedseg.site.audit import AuditLog, rounds_done, what_left
@@ -65,6 +66,7 @@ class Desk:
         self._log = AuditLog(config.audit_log)
         self.tally = Tally(config.audit_log)
         self._site = Site(config)
+        self._warned = ""
         self._manifest = load(config.manifest) if config.manifest.exists() else None
 
     @logs.about()
@@ -147,7 +149,7 @@ class Desk:
         done = rounds_done(config.audit_log, request.digest) if policy.max_rounds is not None else 0
         check_request(policy, experiment, train=request.train, now=datetime.now().astimezone(), rounds_done=done)
         manifest = self._current_manifest(request)
-        data = self._site.prepare(experiment)
+        data = self._site.prepare(experiment, instructions.fingerprint)
         check_cases(policy, len(data.training.cases))
         update = self._site(instructions)
         request.report = {"cases": update.num_cases, "training": dict(update.training), "manifest": manifest}
@@ -156,7 +158,26 @@ class Desk:
         update = replace(update, manifest=manifest)
         update = only_allowed(policy, update, experiment.task.structures, validation_cases=len(data.validation.cases))
         request.report |= _told(update, policy)
+        if instructions.fingerprint:
+            request.report["drift"] = self._drift(experiment, instructions.fingerprint)
         return update
+
+    def _drift(self, experiment: Experiment, fingerprint: Fingerprint) -> dict[str, Any]:
+        """What the hospital should know of its images; nobody else is told."""
+        try:
+            drift = self._site.drift(experiment, fingerprint)
+        except ValueError as error:
+            return {"unknown": str(error)}
+        if drift.alarm and str(drift) != self._warned:
+            log.warning("the images are unlike those of the others: %s", drift)
+        self._warned = str(drift)
+        return {
+            "alarm": drift.alarm,
+            "cases": drift.cases,
+            "unusual": drift.unusual,
+            "expected": drift.expected,
+            "words": list(drift.words),
+        }
 
     def _current_manifest(self, request: _Request) -> str:
         """Digest of what is in the data folder now; if that has changed, volumes are read anew."""

@@ -16,6 +16,7 @@ from pydantic import Field, field_validator
 
 from fedseg.config import Experiment, NonNegativeFloat, PositiveFloat, PositiveInt, Section
 from fedseg.errors import PolicyRefused
+from fedseg.federated.fingerprint import UNKNOWN
 from fedseg.federated.messages import SiteUpdate
 from fedseg.models.registry import ARCHITECTURES
 from fedseg.site.hours import Span, within
@@ -24,8 +25,9 @@ SCORES = ("dice", "hd95", "surface_dice")
 """Metrics of which sums and counts by structure may leave."""
 FIGURES = ("loss", "steps", "seconds", "data_seconds")
 """Figures of the training that may leave."""
-KINDS = (*SCORES, "failures", *FIGURES, "quarantined")
-"""Everything beside tensors and the number of training cases that may leave; `quarantined` counts unusable cases."""
+KINDS = (*SCORES, "failures", *FIGURES, "quarantined", "fingerprint")
+"""Everything beside tensors and the number of training cases that may leave; `quarantined` counts unusable cases,
+`fingerprint` is sums of label-free statistics over the training images."""
 MEGABYTE = 1_000_000
 
 
@@ -43,7 +45,7 @@ class Policy(Section):
     leaves only if all of them may."""
     metrics: tuple[str, ...] | None = None
     """What may leave beside tensors: of `dice`, `hd95`, `surface_dice`, `failures`, `loss`, `steps`, `seconds`, `data_seconds`,
-    `quarantined`; absent: all of these."""
+    `quarantined`, `fingerprint`; absent: all of these."""
     min_cases: PositiveInt = 5
     """With fewer usable training cases nothing is trained: the fewer, the more an update says about each."""
     min_validation_cases: PositiveInt = 3
@@ -148,7 +150,7 @@ def only_allowed(
     Raises:
         PolicyRefused: a tensor may not leave, the update is too large, or it was trained on too few cases.
     """
-    if update.delta:
+    if update.delta or update.fingerprint:
         check_cases(policy, update.num_cases)
     for name in update.delta:
         if not any(fnmatchcase(name, pattern) for pattern in policy.tensors):
@@ -159,6 +161,7 @@ def only_allowed(
         sums=_allowed_sums(policy, update.sums, structures, kinds, validation_cases),
         training={name: value for name, value in update.training.items() if name in FIGURES and name in kinds},
         quarantined=dict(update.quarantined) if "quarantined" in kinds else {},
+        fingerprint=update.fingerprint if "fingerprint" in kinds else UNKNOWN,
     )
     size = sum(memoryview(buffer).nbytes for buffer in allowed.buffers())
     if size > policy.max_megabytes * MEGABYTE:

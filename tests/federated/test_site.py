@@ -268,7 +268,7 @@ def test_many_experiments_do_not_keep_their_volumes_open(hospitals):
     for rounds in range(1, EXPERIMENTS_OPEN + 3):
         site.prepare(tiny(rounds=rounds))
     assert len(site._data) == EXPERIMENTS_OPEN
-    assert tiny(rounds=rounds).digest() in site._data
+    assert (tiny(rounds=rounds).digest(), ()) in site._data
 
 
 def test_instructions_for_another_network_are_refused_before_any_data_are_read(hospitals):
