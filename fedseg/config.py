@@ -207,6 +207,8 @@ class TrainingConfig(Section):
     """Share of patches that are centred on a foreground voxel."""
     augmentation: Literal["none", "light", "strong"] = "light"
     """`light`: left-right flip, intensity scale and shift; `strong`: also rotation, zoom, noise, blur, gamma, low resolution."""
+    contrast_reversal: Fraction = 0.0
+    """Probability that bright and dark change places in a training patch, for networks that are to read T1 and T2 alike."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """`sgd` is with Nesterov momentum, as in the networks' papers. Its state is new in every round."""
     learning_rate: PositiveFloat = 1e-3
