@@ -94,14 +94,22 @@ class Partition(Section):
 class Source(Section):
     """One data set, dealt out to sites."""
 
-    data: str
+    data: str | None = None
     """Folder; environment variables such as `${FEDSEG_HIPPOCAMPUS}` are filled in."""
+    phantom: PhantomConfig | None = None
+    """Instead of a folder: persons that do not exist, seen through one scanner before the hospitals' own come."""
     person: PersonRule = PersonRule()
     test_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """Share of persons kept aside from every site; all final models are scored on them."""
     test_seed: int = 0
     """Decides who they are, whatever the experiment's seed."""
     partition: Partition
+
+    @model_validator(mode="after")
+    def _is_one(self) -> Self:
+        if (self.data is None) == (self.phantom is None):
+            raise ValueError("source needs either data or phantom")
+        return self
 
 
 class Hospital(Section):
@@ -225,7 +233,7 @@ def load_scenario(path: Path, *, seed: int | None = None, rounds: int | None = N
     scenario = validate_section(Scenario, json.dumps(document, default=str), source=str(path), folder=path.parent)
     base = path.resolve().parent
     updates: dict[str, Any] = {"experiment": scenario.experiment.located(home)}
-    if scenario.source is not None:
+    if scenario.source is not None and scenario.source.data is not None:
         updates["source"] = scenario.source.model_copy(update={"data": str(base / _expand(scenario.source.data, path))})
     updates["sites"] = tuple(
         site.model_copy(update={"data": str(base / _expand(site.data, path))}) if site.data else site
@@ -277,10 +285,13 @@ def lay_out(
         folders = (_own_folder(site, output, common, progress) for site in scenario.sites)
         return Layout(sites=tuple(site.model_copy(update={"shift": shifts.get(site.name)}) for site in folders))
     source = scenario.source
-    cohort = read_cohort(Path(source.data), source.person)
+    folder = Path(source.data) if source.data else output / "data"
+    if source.phantom is not None and not (folder / "dataset.json").exists():
+        write_phantoms(folder, source.phantom, progress=progress)
+    cohort = read_cohort(folder, source.person)
     rest, test = split_by_person(cohort, source.test_fraction, source.test_seed)
     shares = deal_out(rest, source.partition, scenario.experiment.seed)
-    common |= {"data": source.data, "person": source.person}
+    common |= {"data": str(folder), "person": source.person}
     sites = tuple(
         SiteConfig(name=name, cases=cases, shift=shifts.get(name), **common) for name, cases in shares.items()
     )

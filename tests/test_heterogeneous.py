@@ -11,7 +11,7 @@ from fedseg.errors import ConfigError
 from fedseg.federated.store import RunStore
 from fedseg.report.figures import draw_figures
 from fedseg.report.tables import load_result, robustness_table, site_table
-from fedseg.scenario import Layout, load_scenario
+from fedseg.scenario import Layout, lay_out, load_scenario
 from fedseg.scores import read_scores
 from fedseg.simulation import Machine, simulate
 from tests.test_simulation import digests
@@ -142,6 +142,15 @@ def test_partial_work_counts_if_the_scenario_says_so_and_workers_change_no_bit(f
     assert all(reason == "DroppedOut" for _, reason in absent)
 
 
+def test_phantoms_can_be_dealt_out_too(folder):
+    path = folder / "phantoms.toml"
+    path.write_text(SCENARIO.replace('data = "cases"', "phantom = { cases = 12, shape = [16, 16, 16] }"))
+    layout = lay_out(load_scenario(path), folder / "made")
+    cases = [set(site.cases) for site in layout.sites] + [set(layout.test.cases)]
+    assert sum(map(len, cases)) == len(set().union(*cases)) == 12
+    assert {view.data for view in layout.views.values()} == {str(folder / "made" / "data")}
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -151,6 +160,7 @@ def test_partial_work_counts_if_the_scenario_says_so_and_workers_change_no_bit(f
         ("[unseen.X]", "[unseen.A]", "'A' is the name of a site that takes part"),
         ("test_fraction = 0.25", "test_fraction = 0.0", "needs test persons that no site has"),
         ("speed = 0.25", "speed = 0", "greater than 0"),
+        ('data = "cases"', "", "needs either data or phantom"),
         ('scanner = "low-field"', "machine = { speed = 2 }", "takes no part, so it has a scanner only"),
     ],
 )
