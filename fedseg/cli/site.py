@@ -204,7 +204,7 @@ def status(
     if json_out:
         typer.echo(MessageToJson(found, preserving_proto_field_name=True))
     else:
-        Console(highlight=False).print(_status_table(found))
+        Console(highlight=False).print(_status_table(found, _drift_of(kit)))
 
 
 @app.command()
@@ -252,6 +252,69 @@ def cancel(
         typer.echo("the round ends at its next step" if connection.cancel() else "no round is running")
 
 
+@app.command()
+def drift(
+    model: Annotated[
+        Path, typer.Argument(help="Model file, or a result directory, of a federation with a fingerprint.")
+    ],
+    kit: KitFolder = Path(),
+    site: SiteFile = None,
+) -> None:
+    """Compare this site's images with those that a network was trained on; exit 1 if they are unlike. Nothing leaves."""
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.table import Table
+
+    from fedseg.data.features import align_all, describe
+    from fedseg.data.preprocess import prepare_cohort
+    from fedseg.drift import drift_of, site_drift
+    from fedseg.errors import ModelError
+    from fedseg.federated.site import Site
+    from fedseg.model_file import read_model_file
+    from fedseg.site.config import load_site
+
+    file = read_model_file(model)
+    if not file.fingerprint:
+        raise ModelError(f"{model}: holds no fingerprint of the images it was trained on; data.fingerprint was not set")
+    config = load_site(site or (kit / "site.toml" if kit.is_dir() else kit))
+    task, data, cache = file.experiment.task, file.experiment.data, Path(config.cache)
+    prepared = prepare_cohort(Site(config).cohort(), task, data, cache, shift=config.shift, progress=True)
+    cases = align_all(prepared.cases, data, file.fingerprint)
+    console = Console(highlight=False)
+    with Progress(console=console, transient=True) as progress:
+        found = {
+            case.name: describe(case)
+            for case in progress.track(cases, total=len(prepared.cases), description="Looking")
+        }
+    table = Table("case", "distance", "what is different")
+    for name, features in found.items():
+        one = drift_of(features, file.fingerprint)
+        if one.alarm:
+            table.add_row(name, f"{one.distance:.1f}", ", ".join(one.words))
+    together = site_drift(list(found.values()), file.fingerprint)
+    if table.row_count:
+        console.print(table)
+    console.print(str(together), soft_wrap=True)
+    if together.alarm:
+        raise typer.Exit(1)
+
+
+def _drift_of(kit: Path) -> str:
+    """What the service last found of the site's images, from its audit log."""
+    from fedseg.errors import FedsegError
+    from fedseg.site.audit import last_drift
+    from fedseg.site.config import load_site
+
+    try:
+        found = last_drift(load_site(kit / "site.toml" if kit.is_dir() else kit).audit_log)
+    except FedsegError:  # only the socket was named
+        return "unknown"
+    if found is None:
+        return "not compared"
+    told = f"{found['unusual']} of {found['cases']} unlike those of the others, {found['expected']} would be chance"
+    return f"[yellow]{told}: {', '.join(found['words'])}[/]" if found["alarm"] else told
+
+
 def _socket_of(kit: Path) -> Path:
     from fedseg.site.config import load_site
 
@@ -282,7 +345,7 @@ def _show_approvals(console: "Console", known: "list[Approval]") -> None:
     console.print(table)
 
 
-def _status_table(found: "Description") -> "Table":
+def _status_table(found: "Description", images: str) -> "Table":
     from datetime import datetime
 
     from rich.table import Table
@@ -300,6 +363,7 @@ def _status_table(found: "Description") -> "Table":
         ("release", found.version),
         ("running since", moment(found.started)),
         ("last answer", moment(found.answered)),
+        ("training images", images),
         ("requests answered", str(found.rounds_answered)),
         ("requests not answered", str(found.rounds_refused)),
     ):

@@ -5,6 +5,7 @@ shape of intensities with fewer numbers, and their spread from case to case is a
 """
 
 import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from fedseg.config import DataConfig, TaskConfig
 from fedseg.data.cohort import Cohort
 from fedseg.data.preprocess import PreparedCase, PreparedCohort, negated, prepare_cohort
 from fedseg.data.shift.profiles import Shift
-from fedseg.federated.fingerprint import AXES, GRID, PERCENTAGES, CaseFeatures, Fingerprint, polarity
+from fedseg.federated.fingerprint import AXES, GRID, PERCENTAGES, CaseFeatures, Fingerprint, Signs, polarity
 
 MIDDLE = 0.6
 """Share of each side of the volume where the layout is taken: there is hardly any air, which is dark in every contrast."""
@@ -67,6 +68,14 @@ def prepare_aligned(
         return prepared
     signs = polarity((layout_of(case.image) for case in prepared.cases), fingerprint)
     return prepared if min(signs) > 0 else prepare_cohort(cohort, task, config, cache, shift=shift, signs=signs)
+
+
+def align_all(cases: Sequence[PreparedCase], config: DataConfig, fingerprint: Fingerprint) -> Iterator[PreparedCase]:
+    """The images of one site as a network wants them: all negated or none, one after the other so that memory is for one."""
+    signs: Signs = ()
+    if config.polarity == "aligned" and fingerprint and cases:
+        signs = polarity((layout_of(case.image) for case in cases), fingerprint)
+    return (replace(case, image=negated(case.image, signs)) for case in cases)
 
 
 def align(case: PreparedCase, config: DataConfig, fingerprint: Fingerprint) -> PreparedCase:

@@ -175,6 +175,19 @@ def rounds_done(path: Path, experiment_digest: str) -> int:
     )
 
 
+def last_drift(path: Path) -> dict[str, Any] | None:
+    """What the newest request found of the site's images, see `fedseg.drift.SiteDrift`; None if none has looked.
+
+    Raises:
+        AuditError: a line cannot be read.
+    """
+    found = None
+    for entry in entries(path, holding=b'"drift"') if path.exists() else ():
+        drift = entry.entry.get("drift")
+        found = drift if isinstance(drift, dict) and "alarm" in drift else found
+    return found
+
+
 def what_left(update: SiteUpdate, payload_sha256: str, num_bytes: int) -> dict[str, Any]:
     """What an update told, without its values.
 

@@ -24,7 +24,7 @@ from fedseg.federated.site import Site, Watch
 from fedseg.site.audit import AuditLog, rounds_done, what_left
 from fedseg.site.config import SiteConfig
 from fedseg.site.manifest import DataManifest, changes, load, make_manifest, save, sign
-from fedseg.site.policy import Policy, check_cases, check_request, only_allowed
+from fedseg.site.policy import Policy, allowed_kinds, check_cases, check_request, only_allowed
 from fedseg.site.tally import STRUCTURES_SHOWN, Tally
 
 log = logging.getLogger(__name__)
@@ -177,6 +177,7 @@ class Desk:
             "unusual": drift.unusual,
             "expected": drift.expected,
             "words": list(drift.words),
+            "may_leave": "fingerprint" in allowed_kinds(self.config.policy),
         }
 
     def _current_manifest(self, request: _Request) -> str:

@@ -155,7 +155,7 @@ def only_allowed(
     for name in update.delta:
         if not any(fnmatchcase(name, pattern) for pattern in policy.tensors):
             _refuse("tensors", f"tensor {name!r}; allowed are {_list(policy.tensors)}")
-    kinds = KINDS if policy.metrics is None else policy.metrics
+    kinds = allowed_kinds(policy)
     allowed = replace(
         update,
         sums=_allowed_sums(policy, update.sums, structures, kinds, validation_cases),
@@ -167,6 +167,11 @@ def only_allowed(
     if size > policy.max_megabytes * MEGABYTE:
         _refuse("max_megabytes", f"an update of {size / MEGABYTE:.3f} MB; allowed are {policy.max_megabytes:g}")
     return allowed
+
+
+def allowed_kinds(policy: Policy) -> tuple[str, ...]:
+    """What may leave beside tensors and the number of training cases."""
+    return KINDS if policy.metrics is None else policy.metrics
 
 
 def _allowed_sums(

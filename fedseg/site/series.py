@@ -22,7 +22,7 @@ from fedseg.site.tally import DECISIONS, ERRORS, KINDS, OTHER, RULES, Tally, in_
 from fedseg.site.wire.site_pb2 import Description
 
 PREFIX = "fedseg_site_service_"
-PHASES = ("checking", "preparing", "scoring", "training")
+PHASES = ("checking", "preparing", "looking", "scoring", "training")
 """Of a request, as `Progress` names them."""
 
 
@@ -52,6 +52,8 @@ CATALOGUE: dict[str, Series] = {
         _series("dice", "gauge", ("structure",), "Mean Dice of the validation cases, when they were last scored."),
         _series("cases", "gauge", ("part",), "Usable cases of the last request: training, validation."),
         _series("quarantined_cases", "gauge", ("reason",), "Cases of the last request that could not be used."),
+        _series("input_drift_alarm", "gauge", (), "1 if the training images are unlike those of the federation."),
+        _series("unusual_cases", "gauge", (), "Training cases that are unlike those of the federation."),
         _series("epochs", "counter", (), "Passes over the training cases that were finished and answered."),
         _series("steps", "counter", (), "Steps of training that were finished and answered."),
         _series("training_images_per_second", "gauge", (), "Patches per second of the last training."),
@@ -143,6 +145,8 @@ class _Once(Collector):
         if tally.quarantined is not None:
             for reason, count in in_full(tally.quarantined, (*Reason, OTHER)):
                 self._add("quarantined_cases", count, reason)
+        self._add("input_drift_alarm", tally.last.get("drift_alarm", 0.0))
+        self._add("unusual_cases", tally.last.get("unusual_cases", 0.0))
         self._add("epochs", tally.counts["epochs"])
         self._add("steps", tally.counts["steps"])
         self._add("training_images_per_second", tally.last.get("images_per_second"))

@@ -62,7 +62,7 @@ class Tally:
         self.server_round: int | None = None
         self.last: dict[str, float] = {}
         """Of the last request or training: `seconds`, `loss`, `wait_ratio`, `images_per_second`, `training_cases`,
-        `validation_cases`, and `answered`: seconds since 1970."""
+        `validation_cases`, `drift_alarm`, `unusual_cases`, and `answered`: seconds since 1970."""
         self.dice: dict[str, float] = {}
         """Mean over the validation cases by structure, as last scored."""
         self.quarantined: Counter[str] | None = None
@@ -108,6 +108,7 @@ class Tally:
     def _answered(self, entry: Entry, told: Mapping[str, Any]) -> None:
         self._keep(answered=datetime.fromisoformat(entry.time).timestamp(), training_cases=told.get("cases"))
         self._keep(validation_cases=told.get("validation_cases"))
+        self._looked(_mapping(told.get("drift")))
         if isinstance(found := told.get("dice"), dict) and found:
             self.dice = {
                 name: value for name, value in [*found.items()][:STRUCTURES_SHOWN] if _number(value) is not None
@@ -116,6 +117,10 @@ class Tally:
             self.quarantined = Counter()
             for reason, count in found.items():
                 self.quarantined[_known(reason, (*Reason, OTHER))] += _count(count)
+
+    def _looked(self, drift: Mapping[str, Any]) -> None:
+        if drift.get("may_leave"):
+            self._keep(drift_alarm=float(bool(drift.get("alarm"))), unusual_cases=drift.get("unusual"))
 
     def _trained(self, told: Mapping[str, Any], asked: Mapping[str, Any], left: Mapping[str, Any]) -> None:
         allowed = left.get("training")
