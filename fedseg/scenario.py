@@ -141,6 +141,9 @@ class Scenario(Section):
     """Runs to compare: name, and what replaces settings of `federation` (or, as `training.x`, of `training`)."""
     baselines: tuple[Literal["pooled", "local", "leave-one-out"], ...] = ("pooled", "local")
     """What else is trained, with as many passes over the cases; `leave-one-out`: the first method without each site."""
+    personal_epochs: Annotated[int, Field(ge=0, le=1000)] = 0
+    """After the last round of each method every site goes on alone for up to so many epochs, and keeps what its validation cases
+    prefer: a further method, `NAME-personal`."""
     hospitals: dict[str, Hospital] = Field(default={})
     """By name of the site: scanner, annotator and machine; sites that are not named are as their data are."""
     unseen: dict[Name, Hospital] = Field(default={})
@@ -174,10 +177,10 @@ class Scenario(Section):
         if (
             not self.methods
             or {"pooled", "local"} & set(self.methods)
-            or any(name.startswith(("local-", "without-")) for name in self.methods)
+            or any(name.startswith(("local-", "without-")) or name.endswith("-personal") for name in self.methods)
         ):
             raise ValueError(
-                "methods needs at least one name, none of them pooled or local, or beginning with local- or without-"
+                "methods needs at least one name; pooled, local, local-..., without-... and ...-personal are taken"
             )
         for name in self.methods:
             try:
@@ -185,6 +188,11 @@ class Scenario(Section):
             except ConfigError as error:
                 raise ValueError(str(error)) from error
         return self
+
+    @property
+    def compared(self) -> tuple[str, ...]:
+        """Names of all federated methods, with those that are personalised."""
+        return (*self.methods, *(personal(method) for method in self.methods if self.personal_epochs))
 
     def machine_plans(self, sites: Sequence[str]) -> dict[str, MachinePlan]:
         """What each site's machine does, by name; none unless the scenario speaks of machines."""
@@ -207,6 +215,11 @@ class Scenario(Section):
                 raise ConfigError(f"methods.{method}: {key}: the experiment has no section {section!r}")
             document[section or "federation"][name] = value
         return validate_section(Experiment, json.dumps(document), source=f"methods.{method}")
+
+
+def personal(method: str) -> str:
+    """Name of a method of which every site has gone on alone."""
+    return f"{method}-personal"
 
 
 def load_scenario(path: Path, *, seed: int | None = None, rounds: int | None = None) -> Scenario:

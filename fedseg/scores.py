@@ -100,7 +100,7 @@ def summarise(scenario: Scenario, layout: Layout, rows: Sequence[CaseRow], outpu
     """
     experiment = scenario.experiment
     groups: dict[str, list[CaseRow]] = {
-        method: [row for row in rows if row.run == method] for method in scenario.methods
+        method: [row for row in rows if row.run == method] for method in scenario.compared
     }
     if "pooled" in scenario.baselines:
         groups["pooled"] = [row for row in rows if row.run == "pooled"]
@@ -124,7 +124,7 @@ def summarise(scenario: Scenario, layout: Layout, rows: Sequence[CaseRow], outpu
         "test": "shared persons that no site has" if layout.test else "each site's validation cases",
         "sites": {site.name: _site_counts(site, experiment) for site in layout.sites},
         "final": final,
-        "headline": {method: headline(final, method) for method in scenario.methods},
+        "headline": {method: headline(final, method) for method in scenario.compared},
         "traffic": {method: _traffic(output, method) for method in scenario.methods},
         "hospitals": {
             name: {

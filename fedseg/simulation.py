@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
+import torch
+
 from fedseg import logs
 from fedseg.config import Experiment
 from fedseg.errors import StoreError
@@ -20,12 +22,13 @@ from fedseg.federated.checkpoint import load_state, write_durably
 from fedseg.federated.driver import Event, Fleet, run_federation
 from fedseg.federated.local import PRELOAD, InProcessFleet, WorkerFleet
 from fedseg.federated.machines import MachinePlan
+from fedseg.federated.personal import Personal, personalise
 from fedseg.federated.private import PrivateTensors
 from fedseg.federated.rounds import ServerState
 from fedseg.federated.site import OpenSites, PooledSite, Site, answer_safely, private_of, start_state
 from fedseg.federated.store import RunStore
-from fedseg.model_file import model_path, save_model_file, site_model_path
-from fedseg.scenario import Layout, Scenario, lay_out
+from fedseg.model_file import model_path, read_model_file, save_model_file, site_model_path
+from fedseg.scenario import Layout, Scenario, lay_out, personal
 from fedseg.scores import CaseRow, score_model, summarise, write_scores
 from fedseg.site.config import SiteConfig
 
@@ -112,9 +115,11 @@ def simulate(
         others = tuple(site for site in layout.sites if site is not absent)
         experiment = _of_fewer(scenario.experiment_of(next(iter(scenario.methods))), len(others))
         _federate(experiment, without(absent.name), others, scenario, output, machine, resume, show)
+    if scenario.personal_epochs:
+        _personalise_all(scenario, layout, output, machine, show)
     baselines = _baselines(scenario, layout)
     _run_baselines(baselines, scenario.experiment, output, machine, resume, show)
-    runs = [*scenario.methods, *(without(site.name) for site in left_out), *baselines]
+    runs = [*scenario.compared, *(without(site.name) for site in left_out), *baselines]
     rows = _score_all(runs, scenario.experiment, layout, output, machine, show)
     write_scores(output / "scores.csv", rows)
     result = summarise(scenario, layout, rows, output) | {"seconds": round(time.monotonic() - begun, 1)}
@@ -125,6 +130,36 @@ def simulate(
 def without(site: str) -> str:
     """Name of the run from which a site was left out."""
     return f"without-{site}"
+
+
+def _personalise_all(scenario: Scenario, layout: Layout, output: Path, machine: Machine, show: Show) -> None:
+    """Have every site go on alone from every method's model; what is there already is left as it is."""
+    paths = [
+        (site, model_path(output, method, site.name), site_model_path(output, personal(method), site.name))
+        for method in scenario.methods
+        for site in layout.sites
+    ]
+    calls = [(site, source, target, scenario.personal_epochs) for site, source, target in paths if not target.exists()]
+    _in_parallel(
+        personalise_file, calls, machine.workers, lambda finished: show.progress("personalise", finished, len(calls))
+    )
+
+
+def personalise_file(site: SiteConfig, source: Path, target: Path, epochs: int) -> Personal:
+    """Train on from a model file at a site, and write what the site keeps.
+
+    Args:
+        site: where the cases are.
+        source: the federation's model, or the site's own of it.
+        target: the model file to write.
+        epochs: tried at most.
+    """
+    torch.set_num_threads(site.threads)
+    model = read_model_file(source)
+    found = personalise(Site(site), model, epochs)
+    origin = f"{model.origin}, {found.epochs} epochs at {site.name}"
+    save_model_file(target, model.experiment, found.weights, origin, site=site.name, fingerprint=model.fingerprint)
+    return found
 
 
 def _of_fewer(experiment: Experiment, sites: int) -> Experiment:

@@ -9,15 +9,18 @@ import pytest
 from fedseg.data.phantom import PhantomConfig, write_phantoms
 from fedseg.errors import ConfigError
 from fedseg.federated.store import RunStore
+from fedseg.model_file import read_model_file
 from fedseg.report.figures import draw_figures
 from fedseg.report.tables import load_result, robustness_table, site_table
 from fedseg.scenario import Layout, lay_out, load_scenario
 from fedseg.scores import read_scores
 from fedseg.simulation import Machine, simulate
-from tests.test_simulation import digests
+from tests.federated.toys import same
+from tests.test_simulation import digests, fedseg
 
 SCENARIO = """
 baselines = ["pooled", "local", "leave-one-out"]
+personal_epochs = 2
 
 [experiment]
 name = "differ"
@@ -116,7 +119,28 @@ def test_the_headline_compares_with_hospitals_that_took_no_part(finished):
     assert set(fed["sites"]) == {"A", "B", "C"}
     assert 0 <= fed["dice_p10"] <= fed["dice_mean"]
     assert site_table([result]).row_count == 4
-    assert robustness_table([result]).row_count == 3
+    assert robustness_table([result]).row_count == 4
+
+
+def test_every_site_may_go_on_alone_and_is_scored_with_what_it_keeps(finished):
+    result = load_result(finished)
+    assert set(result["headline"]) == {"fedavg", "fedavg-personal"}
+    assert set(result["final"]["fedavg-personal"]["sites"]) == {"A", "B", "C"}
+    files = {site: read_model_file(finished / "models" / "fedavg-personal" / f"{site}.safetensors") for site in "ABC"}
+    shared = read_model_file(finished / "models" / "fedavg.safetensors").weights
+    for site, file in files.items():
+        assert same(file.weights, shared) == (f", 0 epochs at {site}" in file.origin)
+
+
+def test_a_site_trains_on_from_a_federations_model(finished, tmp_path):
+    layout = Layout.model_validate_json((finished / "layout.json").read_text())
+    site = tmp_path / "site.toml"
+    site.write_text(f'name = "A"\ndata = "{layout.sites[0].data}"\ncache = "{layout.sites[0].cache}"\ndevice = "cpu"\n')
+    source = finished / "models" / "fedavg.safetensors"
+    told = fedseg("personalise", source, "--site", site, "-o", tmp_path / "own.safetensors", "--epochs", 1).stdout
+    assert "mean Dice of the validation persons after 0, 1, ... epochs: 0." in told
+    assert read_model_file(tmp_path / "own.safetensors").weights.keys() == read_model_file(source).weights.keys()
+    assert "is complete" in fedseg("personalise", source, "--site", site, "-o", tmp_path / "no", expect=2).stderr
 
 
 def test_pictures_are_drawn_of_hospitals_that_differ(finished):

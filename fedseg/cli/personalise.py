@@ -7,14 +7,34 @@ import typer
 
 
 def personalise(
-    model: Annotated[Path, typer.Argument(help="Model file of a federation in which tensors stayed at the sites.")],
+    model: Annotated[Path, typer.Argument(help="Model file of a federation.")],
     site: Annotated[Path, typer.Option(help="This site's file.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Model file to write.")],
+    epochs: Annotated[
+        int,
+        typer.Option(min=0, help="Go on alone for up to so many epochs; kept only if the validation cases prefer it."),
+    ] = 0,
 ) -> None:
-    """Join a federation's model with the tensors that stayed at this site, for `fedseg predict` and `fedseg evaluate`."""
+    """Make a federation's model this site's own, for `fedseg predict` and `fedseg evaluate`.
+
+    Tensors that stayed at this site are joined with the others; with --epochs the site trains on. Nothing leaves it.
+    """
+    from fedseg.errors import ConfigError
     from fedseg.model_file import read_model_file, save_site_model
     from fedseg.site.config import load_site
 
-    config = load_site(site)
-    save_site_model(output, read_model_file(model), config.state_folder, config.name)
+    config, source = load_site(site), model
+    file = read_model_file(model)
+    if file.missing:
+        save_site_model(output, file, config.state_folder, config.name)
+        source = output
+    elif not epochs:
+        raise ConfigError(f"{model}: is complete, nothing of it stayed at the sites; --epochs 5 would train on from it")
+    if epochs:
+        from fedseg.simulation import personalise_file
+
+        found = personalise_file(config, source, output, epochs)
+        tried = ", ".join(f"{dice:.4f}" for dice in found.dice)
+        typer.echo(f"mean Dice of the validation persons after 0, 1, ... epochs: {tried}")
+        typer.echo(f"kept: {f'{found.epochs} epochs of its own' if found.epochs else 'the model of the federation'}")
     typer.echo(f"{output}: the network of {config.name}; it does not leave this site")
