@@ -119,7 +119,7 @@ def test_methods_replace_settings_and_are_checked_at_once(tmp_path):
         (EXPERIMENT + SITES.replace("Elbe", "Aare"), "name of its own"),
         (EXPERIMENT + '[[sites]]\nname = "Aare"\n', "either data or phantom"),
         (EXPERIMENT + '[source]\ndata = "x"\npartition = { scheme = "lognormal" }', "'lognormal' needs sites"),
-        ("[methods.pooled]\n" + EXPERIMENT + SITES, "none of them pooled or local"),
+        ("[methods.pooled]\n" + EXPERIMENT + SITES, "pooled, local, local-"),
         (EXPERIMENT + SITES + "\n[extra]\n", "extra: unknown key"),
         ('[methods.x]\n"trainings.learning_rate" = 1.0\n' + EXPERIMENT + SITES, "no section 'trainings'"),
     ],
