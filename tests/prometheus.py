@@ -20,12 +20,13 @@ DEPLOYED = ROOT / "deploy/prometheus"
 
 
 class Prometheus:
-    """Prometheus, looking twice a second; ready when `scrapes` says so.
+    """Prometheus, ready when `scrapes` says so.
 
     Args:
         folder: for its configuration and its data.
         jobs: what it scrapes: by name of the job, the targets' ports, or a whole scrape configuration.
         rules: files of deploy/prometheus.
+        every: how often it looks.
     """
 
     def __init__(
@@ -33,11 +34,12 @@ class Prometheus:
         folder: Path,
         jobs: Mapping[str, Sequence[int] | dict[str, Any]],
         rules: Sequence[str] = ("rules.yml",),
+        every: str = "500ms",
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.port, self.folder = free_port(), folder
         configuration = {
-            "global": {"scrape_interval": "500ms", "evaluation_interval": "500ms"},
+            "global": {"scrape_interval": every, "evaluation_interval": every},
             "rule_files": list(rules),
             "scrape_configs": [
                 {"job_name": name}

@@ -31,13 +31,22 @@ class Study:
         experiment: what is run.
         names: of the sites.
         phantoms: give them volumes.
+        metrics: have the server answer Prometheus.
     """
 
     def __init__(
-        self, folder: Path, experiment: Experiment, names: tuple[str, ...] = NAMES, *, phantoms: bool = True
+        self,
+        folder: Path,
+        experiment: Experiment,
+        names: tuple[str, ...] = NAMES,
+        *,
+        phantoms: bool = True,
+        metrics: bool = True,
     ) -> None:
         self.folder, self.names = folder, names
         self.port, self.superlink_port, self.health_port = free_port(), free_port(), free_port()
+        self.metrics_port, self._metrics = free_port(), metrics
+        self.site_metrics_ports = {name: free_port() for name in names}
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._files = ExitStack()
         folder.mkdir(parents=True, exist_ok=True)
@@ -87,11 +96,13 @@ class Study:
         )
 
     # -------------------------------------------------------------------------------------------- processes
-    def start_server(self) -> None:
-        """What the coordinator starts: SuperLink, run and fence."""
+    def start_server(self, command: str = "start") -> None:
+        """What the coordinator starts: SuperLink, run, fence and series."""
+        more = ["--metrics", self.metrics_port] if self._metrics else []
+        more += ["--wait-for-sites", len(self.names)] if command == "start" else []
         self.start(
-            "server", "server", "start", self.coordinator, "--state", self.state,
-            "--health", self.health_port, "--wait-for-sites", len(self.names), "--fence",
+            "server", "server", command, self.coordinator, "--state", self.state, "--health", self.health_port,
+            "--fence", *more,
         )  # fmt: skip
 
     def start_service(self, name: str) -> None:
@@ -101,6 +112,10 @@ class Study:
     def start_gate(self, name: str) -> None:
         """A gate."""
         self.start(f"{name}-gate", "site", "gate", self.site(name))
+
+    def start_metrics(self, name: str) -> None:
+        """What answers the hospital's own Prometheus."""
+        self.start(f"{name}-metrics", "site", "metrics", self.site(name), "--port", self.site_metrics_ports[name])
 
     def start(self, label: str, *arguments: object) -> None:
         """Start `fedseg` in a session of its own."""

@@ -32,6 +32,7 @@ from fedseg.site.config import load_site
 from tests.apps.hospitals import tiny_experiment
 from tests.integration.outsider import CLOSED, HEARTBEAT, Credentials, Outsider, heartbeat
 from tests.integration.study import PYTHON, ROOT, Study, devices, rows
+from tests.prometheus import Prometheus, panel_queries, rule_metrics
 
 pytestmark = [
     pytest.mark.integration,
@@ -49,7 +50,9 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Study]:
     torch.set_num_threads(1)
     experiment = tiny_experiment(rounds=400, min_sites=2, deadline=DEADLINE)
     undemanding = experiment.data.model_copy(update={"min_cases": 1})  # a site may lose one of its three cases
-    study = Study(tmp_path_factory.mktemp("s"), experiment.model_copy(update={"data": undemanding}))
+    distances = experiment.evaluation.model_copy(update={"surface_metrics": True})  # for the dashboard's panels
+    experiment = experiment.model_copy(update={"data": undemanding, "evaluation": distances})
+    study = Study(tmp_path_factory.mktemp("s"), experiment)
     study.state.mkdir()
     small_disk = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", str(study.state)], capture_output=True
@@ -59,12 +62,26 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Study]:
         for name in study.names:
             study.start_service(name)
             study.start_gate(name)
+            study.start_metrics(name)
         study.wait_for_round(UNDISTURBED, 200)
         yield study
     finally:
         study.close()
         if small_disk.returncode == 0:
             subprocess.run(["umount", "-l", str(study.state)], check=False)
+
+
+@pytest.fixture(scope="module")
+def prometheus(study: Study) -> Iterator[Prometheus]:
+    """The coordinator's and the hospitals' in one; in a real study each has its own."""
+    if shutil.which("prometheus") is None:
+        pytest.skip("prometheus (Debian's package) is not installed")
+    jobs = {"fedseg-coordinator": [study.metrics_port], "fedseg-site": [*study.site_metrics_ports.values()]}
+    prometheus = Prometheus(study.folder / "prometheus", jobs, ["rules.yml", "site_rules.yml"])
+    try:
+        yield prometheus
+    finally:
+        prometheus.close()
 
 
 @pytest.fixture
@@ -129,7 +146,10 @@ def test_every_round_is_in_the_audit_log_with_what_left(study: Study, before: in
     requests = [entry for entry in entries(study, "Aare") if entry["event"] == "request"]
     assert {entry["asked"]["server_round"] for entry in requests} >= set(range(1, before + 1))
     digests = {entry["manifest"] for entry in requests if entry["decided"] == "allowed"}
-    assert digests == {row["manifest"] for row in study.rows("SELECT manifest FROM updates WHERE site = 'Aare'")}
+    assert digests == {
+        row["manifest"]
+        for row in study.rows("SELECT manifest FROM updates WHERE site = 'Aare' AND status = 'accepted'")
+    }
 
 
 # ------------------------------------------------------------------------------------------------ the fence
@@ -212,6 +232,23 @@ def test_a_changed_bundle_is_refused_before_a_line_of_it_runs(study: Study, befo
 
 
 # ------------------------------------------------------------------------------------------------ faults at a site
+def test_an_alert_fires_when_a_site_is_killed_and_clears_when_it_returns(
+    study: Study, before: int, prometheus: Prometheus
+) -> None:
+    study.wait_for(lambda: prometheus.scrapes(1 + len(study.names)), 30, "Prometheus finds everybody")
+    silent = ("FedsegSiteSilent", "Elbe")
+    assert silent not in prometheus.firing()
+    for part in ("gate", "service"):  # as if its machine had been switched off
+        study.kill(f"Elbe-{part}", family=True)
+    study.wait_for(lambda: silent in prometheus.firing(), PATIENCE, "the alert fires")
+    study.wait_for(lambda: ("FedsegSiteServiceDown", "") in prometheus.firing(), PATIENCE, "so does the hospital's own")
+    study.start_service("Elbe")
+    study.start_gate("Elbe")
+    goes_on(study, study.rounds(), "Elbe")
+    study.wait_for(lambda: silent not in prometheus.firing(), 30, "it clears")
+    study.wait_for(lambda: ("FedsegSiteServiceDown", "") not in prometheus.firing(), 30, "so does the hospital's")
+
+
 def test_a_site_service_killed_in_training_is_asked_again_when_it_is_back(study: Study, before: int) -> None:
     study.kill("Elbe-service")
     study.start_service("Elbe")
@@ -337,18 +374,20 @@ def test_a_study_can_be_stopped_and_resumed(study: Study, before: int) -> None:
     study.wait_for(lambda: study.ended("server") == 0, 20, "the server has ended")
     with pytest.raises(AssertionError, match="`fedseg server resume` goes on"):
         study.fedseg("server", "start", study.coordinator, "--state", study.state)
-    study.start(
-        "server",
-        "server",
-        "resume",
-        study.coordinator,
-        "--state",
-        study.state,
-        "--health",
-        study.health_port,
-        "--fence",
-    )
+    study.start_server("resume")
     goes_on(study, before, "Aare")
+
+
+def test_every_panel_and_every_rule_has_data_of_this_study(study: Study, before: int, prometheus: Prometheus) -> None:
+    panels = [*panel_queries("study.json", run="federated"), *panel_queries("site.json", site="Aare")]
+    empty = [(title, query) for title, query in panels if not prometheus.ever(query)]
+    gpu = [panel for panel in empty if "_gpu_" in panel[1]]
+    assert len(panels) > 30
+    assert [panel for panel in empty if panel not in gpu] == []
+    for rules in ("rules.yml", "site_rules.yml"):
+        for rule, metrics in rule_metrics(rules).items():
+            for metric in metrics:
+                assert "_gpu_" in metric or prometheus.ever(metric), f"{rule}: {metric}"
 
 
 def test_a_revoked_site_is_shut_out_while_the_others_go_on(study: Study, before: int) -> None:
