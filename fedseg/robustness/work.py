@@ -1,16 +1,18 @@
 """Measure what is missing, over worker processes; what is finished is kept, whatever happens then."""
 
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fedseg import logs
 from fedseg.errors import StoreError
-from fedseg.federated.local import PRELOAD
-from fedseg.processes import die_with_parent, only_one
+from fedseg.processes import only_one
 from fedseg.robustness.measure import Measured, Unit, measure
 from fedseg.robustness.networks import Network
 from fedseg.robustness.store import Found, RobustnessStore
@@ -98,7 +100,7 @@ def _measured(units: Sequence[Unit], workers: int) -> Iterator[tuple[Unit, Measu
         yield from ((unit, measure(unit)) for unit in units)
         return
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOAD))
+    context.set_forkserver_preload(["fedseg.robustness.measure"])  # torch among it, once for all workers
     with ProcessPoolExecutor(min(workers, len(units)), mp_context=context, initializer=_start) as pool:
         futures = {pool.submit(measure, unit): unit for unit in units}
         try:
@@ -117,5 +119,12 @@ def _measured(units: Sequence[Unit], workers: int) -> Iterator[tuple[Unit, Measu
 
 
 def _start() -> None:
-    die_with_parent()  # the fork server, which ends with the process that gathers the results
+    """Have a worker end when the process that gathers the results does, even by SIGKILL."""
     logs.follow()
+    if (gatherer := multiprocessing.parent_process()) is not None:
+        threading.Thread(target=_end_with, args=(gatherer,), daemon=True).start()
+
+
+def _end_with(gatherer: Any) -> None:
+    gatherer.join()
+    os._exit(1)
