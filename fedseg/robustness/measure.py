@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from fedseg.config import Experiment
 from fedseg.data.cohort import Case
+from fedseg.data.features import align
 from fedseg.data.preprocess import PreparedCase, prepare_case
 from fedseg.data.shift.profiles import Shift
 from fedseg.errors import CaseError
+from fedseg.federated.fingerprint import Fingerprint
 from fedseg.inference import predict_logits
 from fedseg.metrics import LabelScore, score_case
-from fedseg.model_file import load_model_file
+from fedseg.model_file import load_model
 from fedseg.robustness.confidence import Confidence, confidence_of
 from fedseg.robustness.networks import Network
 from fedseg.robustness.uncertainty import Doubt, doubt_of
@@ -61,7 +63,10 @@ class Measured:
 
 
 def measure(unit: Unit) -> Measured:
-    """Prepare the case once for all networks that prepare it alike, and measure them; on one CPU thread."""
+    """Prepare the case once for all networks that prepare it alike, and measure them; on one CPU thread.
+
+    Where reversed images are aligned (`data.polarity`), each image is judged alone, as in `fedseg predict`.
+    """
     torch.set_num_threads(1)  # so that the number of processes does not change a bit
     scored: dict[str, Scored] = {}
     doubts: dict[str, Doubt] = {}
@@ -86,17 +91,17 @@ def measure(unit: Unit) -> Measured:
 def _prepared(unit: Unit) -> Iterator[tuple[Network, Experiment, nn.Module, PreparedCase]]:
     cases: dict[str, PreparedCase] = {}
     for network in dict.fromkeys((*unit.to_score, *unit.to_doubt)):
-        experiment, model = _opened(network.path, network.sha256, unit.device)
+        experiment, model, fingerprint = _opened(network.path, network.sha256, unit.device)
         alike = experiment.data.model_dump_json()
         if alike not in cases:
             cases[alike] = prepare_case(unit.case, experiment.task, experiment.data, unit.shift)
-        yield network, experiment, model, cases[alike]
+        yield network, experiment, model, align(cases[alike], experiment.data, fingerprint)
 
 
 @lru_cache(NETWORKS_OPEN)
-def _opened(path: Path, _sha256: str, device: str) -> tuple[Experiment, nn.Module]:
-    experiment, model = load_model_file(path)
-    return experiment, model.to(device)
+def _opened(path: Path, _sha256: str, device: str) -> tuple[Experiment, nn.Module, Fingerprint]:
+    experiment, model, fingerprint = load_model(path)
+    return experiment, model.to(device), fingerprint
 
 
 def _logits(model: nn.Module, image_CDHW: NDArray[np.float32], *, experiment: Experiment, device: str) -> Tensor:

@@ -66,10 +66,10 @@ def rows_of(output: Path, scenario: Scenario, layout: Layout, methods: Sequence[
         ModelError: a model file is missing or damaged.
     """
     names = [site.name for site in layout.sites]
-    if strangers := sorted(set(methods or ()) - set(scenario.methods)):
-        raise ConfigError(f"{output}: has no method {strangers[0]!r}; it has {', '.join(scenario.methods)}")
+    if strangers := sorted(set(methods or ()) - set(scenario.compared)):
+        raise ConfigError(f"{output}: has no method {strangers[0]!r}; it has {', '.join(scenario.compared)}")
     rows, personal = [], []
-    for method in scenario.methods if methods is None else methods:
+    for method in scenario.compared if methods is None else methods:
         own = {site: path for site in names if (path := site_model_path(output, method, site)).exists()}
         at_home = {site: Network.at(path) for site, path in own.items()}
         common = tuple(at_home.values()) or (Network.at(model_path(output, method)),)

@@ -29,6 +29,7 @@ from fedseg.simulation import simulate
 
 SCENARIO = """
 baselines = ["pooled", "local", "leave-one-out"]
+personal_epochs = 1
 methods.fedavg = {{}}
 methods.fedbn = {{ exchange = "all-but-norms" }}
 hospitals.B.scanner = "thick-slices"
@@ -47,6 +48,7 @@ data = "{data}"
 test_fraction = 0.25
 partition = {{ scheme = "sizes", sizes = [1, 1, 1] }}
 """
+METHODS = ("fedavg", "fedbn", "fedavg-personal", "fedbn-personal")
 GRID = Question(parts=("grid",), effects=("noise", "gain"), severities=(1, 5))
 
 
@@ -81,7 +83,13 @@ def document(measured):
 def test_cells_are_the_scores_of_the_simulation_where_it_made_them(measured, document):
     scores = read_scores(measured / "scores.csv")
     cells = document["cross_site"]["dice"]
-    for row, run in (("fedavg", "fedavg"), ("fedbn", "fedbn"), ("pooled", "pooled"), ("local-B", "local-B")):
+    for row, run in (
+        ("fedavg", "fedavg"),
+        ("fedbn", "fedbn"),
+        ("fedavg-personal", "fedavg-personal"),
+        ("pooled", "pooled"),
+        ("local-B", "local-B"),
+    ):
         for site in {score.site for score in scores if score.run == run}:
             dice = [score.dice for score in scores if (score.run, score.site) == (run, site)]
             assert cells[row][site]["value"] == pytest.approx(np.mean(dice), abs=1e-9)
@@ -89,8 +97,12 @@ def test_cells_are_the_scores_of_the_simulation_where_it_made_them(measured, doc
 
 def test_every_final_network_is_measured_at_every_hospital(document):
     cells = document["cross_site"]["dice"]
-    single = [f"{run}{site}" for run in ("fedbn/", "local-", "without-") for site in "ABC"]
-    assert set(cells) == {"fedavg", "fedbn", "pooled", "local", "leave-one-out", *single}
+    single = [
+        f"{run}{site}"
+        for run in ("fedbn/", "fedavg-personal/", "fedbn-personal/", "local-", "without-")
+        for site in "ABC"
+    ]
+    assert set(cells) == {*METHODS, "pooled", "local", "leave-one-out", *single}
     for row in ("fedavg", "pooled", "fedbn", *single):
         assert set(cells[row]) == {"A", "B", "C", "X"}
     assert cells["local"]["B"] == cells["local-B"]["B"]
@@ -118,13 +130,13 @@ def test_what_rows_have_in_common_follows_from_their_cells(document):
     )
     pairs = {tuple(pair["rows"]) for pair in document["cross_site"]["comparisons"]}
     assert ("fedavg", "pooled") in pairs
-    assert len(pairs) == 6
+    assert len(pairs) == 15
 
 
 def test_the_grid_measures_against_pooled(document):
     grid = document["grid"]
     assert (grid["reference"], grid["effects"], grid["severities"]) == ("pooled", ["noise", "gain"], [1, 5])
-    assert set(grid["rows"]) == {"fedavg", "fedbn", "pooled"}
+    assert set(grid["rows"]) == {*METHODS, "pooled"}
     pooled, fedavg = grid["rows"]["pooled"], grid["rows"]["fedavg"]
     assert pooled["mean_ce"] == {"value": 1.0, "ci95": [1.0, 1.0]}
     errors = [[1 - one["value"] for one in row["dice"]["noise"]] for row in (fedavg, pooled)]
