@@ -209,6 +209,8 @@ class TrainingConfig(Section):
     """`light`: left-right flip, intensity scale and shift; `strong`: also rotation, zoom, noise, blur, gamma, low resolution."""
     contrast_reversal: Fraction = 0.0
     """Probability that bright and dark change places in a training patch, for networks that are to read T1 and T2 alike."""
+    contrast_curve: Fraction = 0.0
+    """Probability that intensities of a training patch go through a random rising curve."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """`sgd` is with Nesterov momentum, as in the networks' papers. Its state is new in every round."""
     learning_rate: PositiveFloat = 1e-3

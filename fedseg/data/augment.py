@@ -26,7 +26,11 @@ Augmentation = Callable[
 
 
 def build_augmentation(
-    kind: Literal["none", "light", "strong"], mirrored: Pairs = (), flip: int = 2, reversal: float = 0.0
+    kind: Literal["none", "light", "strong"],
+    mirrored: Pairs = (),
+    flip: int = 2,
+    reversal: float = 0.0,
+    curve: float = 0.0,
 ) -> Augmentation:
     """Make the augmentation of an experiment.
 
@@ -36,9 +40,12 @@ def build_augmentation(
         mirrored: label values that change places in a left-right flip; see `mirror_pairs`.
         flip: the axis that runs from left to right: 0, 1, 2 for D, H, W; see `left_right_axis`.
         reversal: probability that bright and dark change places afterwards.
+        curve: probability that each channel's intensities go through a random curve before that.
     """
     if reversal:
-        return _reversing(build_augmentation(kind, mirrored, flip), reversal)
+        return _reversing(build_augmentation(kind, mirrored, flip, curve=curve), reversal)
+    if curve:
+        return _curving(build_augmentation(kind, mirrored, flip), curve)
     if kind == "none":
         return lambda image_CDHW, label_DHW, _: (image_CDHW, label_DHW)
     if kind == "light":
@@ -56,6 +63,36 @@ def _reversing(augment: Augmentation, probability: float) -> Augmentation:
         return (-image if generator.random() < probability else image), label
 
     return reversing
+
+
+def _curving(augment: Augmentation, probability: float) -> Augmentation:
+    """Bend intensities along rising Bezier curves at random, as Models Genesis does (Zhou et al., arXiv 1908.06912)."""
+
+    def curving(
+        image: NDArray[np.float32], label: NDArray[np.uint8], generator: np.random.Generator
+    ) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+        image, label = augment(image, label, generator)
+        if generator.random() < probability:
+            image = np.stack([_along_bezier(channel, generator.random((2, 2))) for channel in image])
+        return image, label
+
+    return curving
+
+
+def _along_bezier(image: NDArray[np.float32], handles: NDArray[np.float64]) -> NDArray[np.float32]:
+    """A cubic Bezier curve over the range of the patch, which never falls; mean and standard deviation stay.
+
+    Args:
+        image: one channel.
+        handles: the two inner points `(x, y)` of the curve from (0, 0) to (1, 1), in the unit square.
+    """
+    low, extent, mean, spread = image.min(), np.ptp(image), image.mean(), image.std()
+    if extent == 0:
+        return image
+    t = np.linspace(0, 1, 256)[:, None]
+    x, y = (3 * (1 - t) ** 2 * t * handles[0] + 3 * (1 - t) * t**2 * handles[1] + t**3).T
+    bent = np.interp((image - low) / extent, x, y)
+    return np.asarray((bent - bent.mean()) / bent.std() * spread + mean, dtype=np.float32)
 
 
 def left_right_axis(orientation: str) -> int:

@@ -54,7 +54,8 @@ class PatchSampler:
         self._seed = seed
         self._slicing = slicing
         flip = left_right_axis(self._cases[0].geometry.source.orientation)
-        self._augment = build_augmentation(config.augmentation, mirrored, flip, config.contrast_reversal)
+        reversal, curve = config.contrast_reversal, config.contrast_curve
+        self._augment = build_augmentation(config.augmentation, mirrored, flip, reversal, curve)
         self._padding: dict[int, NDArray[np.float32]] = {}
 
     def __len__(self) -> int:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from fedseg.data.augment import _lower_resolution, build_augmentation, left_right_axis, mirror_pairs
+from fedseg.data.augment import _along_bezier, _lower_resolution, build_augmentation, left_right_axis, mirror_pairs
 
 SHAPE = (12, 16, 20)
 
@@ -108,6 +108,30 @@ def test_without_reversal_the_same_patches_are_drawn_as_before():
     image, label = np.random.default_rng(1).normal(size=(1, 8, 8, 8)).astype(np.float32), np.zeros((8, 8, 8), np.uint8)
     one, two = (
         build_augmentation("light", **more)(image, label, np.random.default_rng(2))[0]
-        for more in ({}, {"reversal": 0.0})
+        for more in ({}, {"reversal": 0.0, "curve": 0.0})
     )
     assert (one == two).all()
+
+
+def test_a_curve_keeps_the_order_of_intensities_and_their_mean_and_spread():
+    image = np.random.default_rng(1).normal(size=(2, 8, 8, 8)).astype(np.float32)
+    augment = build_augmentation("none", curve=1.0)
+    for seed in range(50):
+        bent, _ = augment(image, np.zeros((8, 8, 8), np.uint8), np.random.default_rng(seed))
+        assert bent.dtype == np.float32
+        for before, after in zip(image, bent, strict=True):
+            assert (np.diff(after.ravel()[before.ravel().argsort()]) >= 0).all()
+            assert after.mean() == pytest.approx(before.mean(), abs=1e-4)
+            assert after.std() == pytest.approx(before.std(), rel=1e-4)
+            assert not np.allclose(after, before)
+
+
+def test_curves_on_the_diagonal_change_nothing():
+    image = np.random.default_rng(1).normal(size=(8, 8, 8)).astype(np.float32)
+    assert _along_bezier(image, np.array([[1 / 3, 1 / 3], [2 / 3, 2 / 3]])) == pytest.approx(image, abs=1e-5)
+
+
+def test_a_flat_patch_stays_as_it_is_under_a_curve():
+    flat = np.ones((1, 4, 4, 4), np.float32)
+    augment = build_augmentation("none", curve=1.0)
+    assert (augment(flat, np.zeros((4, 4, 4), np.uint8), np.random.default_rng(0))[0] == 1).all()
