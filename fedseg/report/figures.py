@@ -35,9 +35,9 @@ def draw_figures(output: Path, progress: Callable[[int, int], None] = lambda _do
     """
     result = load_result(output)
     jobs: list[tuple[str, Callable[[], Figure]]] = [
-        ("curves.png", lambda: _curves(output, result)),
-        ("sites.png", lambda: _sites(result)),
-        ("segmentations.png", lambda: _segmentations(output, result)),
+        ("curves.png", lambda: curves_figure(output, result)),
+        ("sites.png", lambda: sites_figure(result)),
+        ("segmentations.png", lambda: segmentations_figure(output, result)),
     ]
     paths = []
     for number, (name, draw) in enumerate(jobs):
@@ -47,7 +47,7 @@ def draw_figures(output: Path, progress: Callable[[int, int], None] = lambda _do
     return paths
 
 
-def _curves(output: Path, result: Result) -> Figure:
+def curves_figure(output: Path, result: Result) -> Figure:
     """Mean validation Dice over rounds, with the range over sites as a band."""
     figure, axis = _figure(7.5, 4.2)
     for method, colour in _colours(result).items():
@@ -71,6 +71,20 @@ def _curves(output: Path, result: Result) -> Figure:
     return figure
 
 
+def run_figure(output: Path, run: str) -> Figure:
+    """One run by itself: mean Dice over rounds, and the range over its sites."""
+    figure, axis = _figure(7.5, 3.6)
+    rounds, dice = _dice_by_round(output, [run])
+    if rounds:
+        axis.plot(rounds, [mean(values) for values in dice], color=COLOURS[0], linewidth=2, marker="o", ms=3)
+        axis.fill_between(
+            rounds, [min(v) for v in dice], [max(v) for v in dice], color=COLOURS[0], alpha=0.15, linewidth=0
+        )
+    axis.set(xlabel="round", ylabel="mean Dice on the sites' validation cases")
+    axis.set_ylim(0, 1)
+    return figure
+
+
 def _dice_by_round(output: Path, runs: Sequence[str]) -> tuple[list[int], list[list[float]]]:
     found: dict[int, list[float]] = {}
     for run in runs:
@@ -84,7 +98,7 @@ def _dice_by_round(output: Path, runs: Sequence[str]) -> tuple[list[int], list[l
     return rounds, [found[number] for number in rounds]
 
 
-def _sites(result: Result) -> Figure:
+def sites_figure(result: Result) -> Figure:
     """Final Dice of every method at every site, and apart from them at hospitals that took no part."""
     colours, hospitals = _colours(result), result.get("hospitals", {})
     unseen = list(dict.fromkeys(site for method in colours for site in result["final"][method].get("unseen", {})))
@@ -122,7 +136,7 @@ class _Panel:
     label: NDArray[Any]
 
 
-def _segmentations(output: Path, result: Result) -> Figure:
+def segmentations_figure(output: Path, result: Result) -> Figure:
     """Some test cases from worst to best: the reference, and what local, federated and pooled training make of it."""
     from fedseg.scenario import Layout
 

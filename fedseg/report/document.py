@@ -1,0 +1,83 @@
+"""What a report is made of: filled once, written as HTML and as PDF."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    """Sentences."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Bullets:
+    """Short statements."""
+
+    items: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Names and values."""
+
+    items: Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells are texts already; those of all columns but the first `words` stand at the right."""
+
+    caption: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    words: int = 1
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure, and in words what it shows."""
+
+    figure: Figure | Path
+    """Or a PNG file that shows it."""
+    caption: str
+    alt: str
+    photo: bool = False
+    """Whether it holds pixels that no drawing could replace."""
+
+
+@dataclass(frozen=True)
+class Code:
+    """Commands."""
+
+    text: str
+
+
+Block = Paragraph | Bullets | Facts | Table | Picture | Code
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading and what stands under it."""
+
+    title: str
+    blocks: Sequence[Block]
+
+    @property
+    def anchor(self) -> str:
+        """Its name in links."""
+        return "".join(letter if letter.isalnum() else "-" for letter in self.title.lower())
+
+
+@dataclass(frozen=True)
+class Report:
+    """The whole."""
+
+    title: str
+    subtitle: str
+    sections: Sequence[Section]

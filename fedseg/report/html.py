@@ -1,0 +1,95 @@
+"""A report as one HTML file that asks nobody for anything: no script, pictures inside, light and dark, paper too."""
+
+import base64
+import hashlib
+import html
+import io
+import re
+from importlib.resources import files
+from pathlib import Path
+
+from PIL import Image
+
+from fedseg.report.document import Block, Bullets, Code, Facts, Paragraph, Picture, Report, Section, Table
+
+DPI = 110
+
+
+def to_html(report: Report) -> str:
+    """The report as a document."""
+    style = (files("fedseg.report") / "report.css").read_text(encoding="utf-8")
+    allowed = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'sha256-{allowed}'; img-src data:; base-uri 'none'; form-action 'none'"
+    contents = "".join(f'<li><a href="#{s.anchor}">{_text(s.title)}</a></li>' for s in report.sections)
+    body = "".join(_section(section) for section in report.sections)
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
+        f"<title>{_text(report.title)}</title>\n<style>{style}</style>\n</head>\n<body>\n"
+        f'<header><div class="wrap"><h1>{_text(report.title)}</h1>'
+        f'<p class="subtitle">{_text(report.subtitle)}</p></div></header>\n'
+        f'<div class="wrap columns"><nav aria-label="Contents"><ol>{contents}</ol></nav>\n<main>{body}</main></div>\n'
+        "</body>\n</html>\n"
+    )
+
+
+def _section(section: Section) -> str:
+    blocks = "\n".join(_block(block) for block in section.blocks)
+    return f'\n<section id="{section.anchor}"><h2>{_text(section.title)}</h2>\n{blocks}\n</section>'
+
+
+def _block(block: Block) -> str:
+    match block:
+        case Paragraph(text):
+            return f"<p>{_text(text)}</p>"
+        case Bullets(items):
+            return "<ul>" + "".join(f"<li>{_text(item)}</li>" for item in items) + "</ul>"
+        case Facts(items):
+            pairs = "".join(f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in items)
+            return f"<dl>{pairs}</dl>"
+        case Code(text):
+            return f'<pre tabindex="0"><code>{_text(text)}</code></pre>'
+        case Table():
+            return _table(block)
+        case Picture():
+            return _picture(block)
+
+
+def _table(table: Table) -> str:
+    def kind(column: int) -> str:
+        return "" if column < table.words else ' class="number"'
+
+    head = "".join(f'<th scope="col"{kind(n)}>{_text(name)}</th>' for n, name in enumerate(table.head))
+    rows = []
+    for row in table.rows:
+        cells = "".join(f"<td{kind(n)}>{_text(cell)}</td>" for n, cell in enumerate(row[1:], start=1))
+        rows.append(f'<tr><th scope="row">{_text(row[0])}</th>{cells}</tr>')
+    name = _text(table.caption)
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{name}"><table><caption>{name}'
+        f"</caption><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _picture(picture: Picture) -> str:
+    data = io.BytesIO()
+    if isinstance(picture.figure, Path):
+        Image.open(picture.figure).convert("RGB").save(data, "JPEG", quality=88)
+        kind = "image/jpeg"
+    elif picture.photo:
+        picture.figure.savefig(data, format="jpeg", dpi=DPI, pil_kwargs={"quality": 88})
+        kind = "image/jpeg"
+    else:
+        # names of parts that are the same in every build, so that the same results give the same file
+        picture.figure.savefig(data, format="svg", metadata={"Date": None})
+        kind = "image/svg+xml"
+    content = re.sub(rb"<metadata>.*?</metadata>", b"", data.getvalue(), flags=re.DOTALL)
+    source = f"data:{kind};base64,{base64.b64encode(content).decode()}"
+    dark, alt = ' class="photo"' if picture.photo else "", _text(picture.alt)
+    return f'<figure{dark}><img src="{source}" alt="{alt}"><figcaption>{_text(picture.caption)}</figcaption></figure>'
+
+
+def _text(text: str) -> str:
+    return html.escape(text, quote=True)
