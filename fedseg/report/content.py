@@ -176,40 +176,6 @@ def _cases(directory: Path, result: Result) -> list[Block]:
     fresh = there.exists() and there.stat().st_mtime >= (directory / "result.json").stat().st_mtime
     drawn = there if fresh else figures.segmentations_figure(directory, result)
     return [
-        Picture(
-            drawn, "Mean Dice on the hospitals' validation cases.", "Curves of mean validation Dice over the rounds."
-        ),
-        Table("What the rounds took", head, table),
-    ]
-
-
-def _robustness(directory: Path) -> list[Section]:
-    path = directory / "robustness.json"
-    if not path.exists():
-        return []
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StoreError(f"{path}: not readable: {error}; `fedseg evaluate --robustness` writes it anew") from error
-    drawn = [
-        (
-            "cross_site",
-            robustness_figures.cross_site_figure,
-            "Every network (rows) on every hospital's test images (columns).",
-        ),
-        (
-            "grid",
-            robustness_figures.severity_figure,
-            "Mean Dice under each effect, from slight (1) to destructive (5).",
-        ),
-        ("calibration", robustness_figures.reliability_figure, "How sure networks are, and how often they are right."),
-    ]
-    blocks: list[Block] = [Picture(draw(document), text, text) for part, draw, text in drawn if document.get(part)]
-    return [Section("Robustness", blocks)] if blocks else []
-
-
-def _cases(directory: Path, result: Result) -> list[Block]:
-    drawn = figures.segmentations_figure(directory, result)
     return [
         Picture(
             drawn,

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
 from pathlib import Path
 
 from matplotlib.figure import Figure
