@@ -176,7 +176,6 @@ def _cases(directory: Path, result: Result) -> list[Block]:
     fresh = there.exists() and there.stat().st_mtime >= (directory / "result.json").stat().st_mtime
     drawn = there if fresh else figures.segmentations_figure(directory, result)
     return [
-    return [
         Picture(
             drawn,
             "Test cases: the reference, and what networks make of the image. Simulated or public data only.",
