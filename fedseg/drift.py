@@ -3,7 +3,8 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
+
+from scipy.special import stdtrit
 
 from fedseg.federated.fingerprint import AXES, CaseFeatures, Fingerprint
 
@@ -67,7 +68,7 @@ def drift_of(case: CaseFeatures, federation: Fingerprint) -> Drift:
     """
     if case.values.keys() != federation.sums.keys() or len(case.layout) != len(federation.layout):
         raise ValueError("the fingerprint has other features: another number of channels, or another release of fedseg")
-    threshold = NormalDist().inv_cdf(1 - FALSE_ALARMS / (2 * len(case.values)))
+    threshold = _threshold(len(case.values), federation.cases)
     found = [
         (abs(z) / threshold, _words(name, z > 0))
         for name, value in case.values.items()
@@ -99,6 +100,15 @@ def site_drift(cases: Sequence[CaseFeatures], federation: Fingerprint) -> SiteDr
         counts[words] = counts.get(words, 0) + 1
     common = sorted((words for words, n in counts.items() if 2 * n > len(unusual)), key=lambda words: -counts[words])
     return SiteDrift(len(cases), len(unusual), _most_by_chance(len(cases)), tuple(common))
+
+
+def _threshold(features: int, cases: int) -> float:
+    """Largest ordinary deviation of any of so many features, in standard deviations that so many cases have told.
+
+    Student's prediction interval: the fewer cases, the less is known of what is ordinary.
+    """
+    freedom = max(cases - 1, 1)
+    return float(stdtrit(freedom, 1 - FALSE_ALARMS / (2 * features))) * math.sqrt(1 + 1 / cases)
 
 
 def _most_by_chance(cases: int) -> int:

@@ -1,4 +1,4 @@
-"""What a federation knows of its images: sums, who is reversed, what the server lets in; and a federation with a reversed hospital."""
+"""What a federation knows of its images: sums, who is reversed, what the server lets in; and a real federation."""
 
 import json
 from dataclasses import replace
