@@ -50,7 +50,7 @@ def _plain_value(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
         raise ValueError("must be true or false, a number, a text, or a list of numbers or of texts") from None
 
 
-Exchange = Literal["all", "all-but-norms", "decoder"]
+Exchange = Literal["all", "all-but-norms", "all-but-statistics", "decoder"]
 
 OptionValue = Annotated[
     bool | int | FiniteFloat | str | list[int] | list[FiniteFloat] | list[str] | None, WrapValidator(_plain_value)
@@ -263,7 +263,8 @@ class FederationConfig(Section):
     normalise_steps: bool = False
     """FedNova: updates are divided by what the site's local steps amount to, for sites that take different numbers of steps."""
     exchange: Exchange = "all"
-    """Tensors that are joined: `all`; `all-but-norms`: norm layers stay at their site (FedBN); `decoder`: the encoder does."""
+    """Tensors that are joined: `all`; `all-but-norms`: norm layers stay at their site (FedBN);
+    `all-but-statistics`: only their running statistics do (SiloBN); `decoder`: the encoder does."""
     aggregate: Literal["mean", "median", "trimmed-mean"] = "mean"
     """`mean` streams; the robust ones hold all updates of a round in memory."""
     trim: Annotated[float, Field(ge=0, lt=0.5)] = 0.2

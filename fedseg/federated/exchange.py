@@ -6,7 +6,8 @@ means and variances (leaving those out is the classic way to break a federation 
 
 `federation.exchange` says which weights the sites train together. The others are private: every site has its own, and no
 update carries them. `all-but-norms` is FedBN (Li et al., arXiv 2102.07623), here for every kind of normalisation layer;
-with `decoder`, each site has an encoder of its own.
+`all-but-statistics` is SiloBN (Andreux et al., arXiv 2008.07424): running statistics are a site's own, affine parameters
+are shared. With `decoder`, each site has an encoder of its own.
 """
 
 import re
@@ -81,6 +82,8 @@ def private_names(model: nn.Module, exchange: Exchange, encoder: str) -> frozens
         return frozenset()
     if exchange == "decoder":
         return frozenset(name for name in _floating(model) if re.search(encoder, name))
+    if exchange == "all-but-statistics":
+        return buffer_names(model)
     norms = {
         f"{prefix}.{name}"
         for prefix, module in model.named_modules(

@@ -9,11 +9,16 @@ from monai.networks.layers.factories import Norm
 from torch import nn
 
 from fedseg.config import parse_experiment
-from fedseg.errors import ConfigError
+from fedseg.errors import ConfigError, ModelError
+from fedseg.federated.driver import run_federation
 from fedseg.federated.exchange import buffer_names, private_names, put_weights, take_weights
+from fedseg.federated.local import InProcessFleet
+from fedseg.federated.messages import SiteUpdate
 from fedseg.federated.rounds import instructions_for
 from fedseg.federated.site import new_model, private_of, start_state
+from fedseg.federated.store import RunStore
 from fedseg.layers.norm import ChannelNorm, InstanceNorm, make_norm
+from fedseg.model_file import load_model_file, read_model_file, save_model_file
 from fedseg.models.registry import ARCHITECTURES
 
 SMALL = {
@@ -64,6 +69,57 @@ def test_fedbn_keeps_every_tensor_of_every_normalisation_layer_and_nothing_else(
         assert {tensor.rpartition(".")[2] for tensor in private} == {"weight", "bias", "running_mean", "running_var"}
         assert buffer_names(model) <= private
         assert len(start_state(one).exchanged) > len(take_weights(model)) / 4
+
+
+@every_network
+def test_silobn_keeps_running_statistics_and_shares_the_affine_parameters(name):
+    one = experiment(name, "all-but-statistics")
+    state = start_state(one)
+    assert state.private == state.buffers == buffer_names(new_model(one))
+    assert {tensor.rpartition(".")[2] for tensor in state.private} == {"running_mean", "running_var"}
+    assert state.exchanged.keys() == dict(new_model(one).named_parameters()).keys()
+
+
+@pytest.mark.parametrize("exchange", ["all-but-norms", "all-but-statistics"])
+def test_a_hospital_that_took_no_part_is_refused_a_network_without_statistics(tmp_path, exchange):
+    one = experiment("unet", exchange)
+    state = start_state(one)
+    save_model_file(tmp_path / "server.safetensors", one, state.weights, "tiny/federated")
+    with pytest.raises(ModelError, match=r"is no complete network: .* tensors stayed at the sites"):
+        load_model_file(tmp_path / "server.safetensors")
+    missing = read_model_file(tmp_path / "server.safetensors").missing
+    statistics = {name: state.weights[name] for name in missing if name in state.buffers}
+    assert statistics.keys() == state.buffers
+    assert all((array == float("running_var" in name)).all() for name, array in statistics.items())
+
+
+@pytest.mark.parametrize("optimizer", ["average", "momentum", "adam"])
+@pytest.mark.parametrize("algorithm", [{}, {"normalise_steps": True}, {"control_variates": True}])
+def test_batch_statistics_take_the_plain_mean_whatever_the_algorithm(tmp_path, algorithm, optimizer):
+    """The control of FedBN: sites of 1 and 3 cases, 2 and 8 steps; statistics move by 1 and 5, thus by 4."""
+    document = json.loads(experiment().to_json())
+    document["training"]["optimizer"] = "sgd"
+    document["federation"] |= {"server_optimizer": optimizer, "server_learning_rate": 0.5} | algorithm
+    one = parse_experiment(json.dumps(document))
+    state = start_state(one)
+
+    def ask(site, instructions):
+        assert instructions.control.keys() <= state.weights.keys() - state.buffers
+        cases, steps, moved = {"A": (1, 2, 1.0), "B": (3, 8, 5.0)}[site]
+        delta = {
+            name: np.full_like(array, moved if name in state.buffers else 0.01) for name, array in state.weights.items()
+        }
+        return SiteUpdate(site, instructions.server_round, delta, cases, {}, {"steps": float(steps)})
+
+    store = RunStore(tmp_path)
+    try:
+        final = run_federation(one, InProcessFleet(("A", "B"), ask), store, lambda: state)
+    finally:
+        store.close()
+    for name in state.buffers:
+        assert final.weights[name] == pytest.approx(state.weights[name] + 2 * 4.0, rel=1e-6), name
+    assert all(state.buffers.isdisjoint(moment) for moment in final.moments.values())
+    assert all(size == pytest.approx(final.norms[0]) and size < 5 for size in final.norms)
 
 
 @every_network
@@ -124,7 +180,7 @@ def test_the_server_sends_the_initial_values_of_private_tensors_too(exchange):
 
 
 def test_names_of_private_tensors_are_known_without_a_network_in_memory():
-    for exchange in ("all", "all-but-norms", "decoder"):
+    for exchange in ("all", "all-but-norms", "all-but-statistics", "decoder"):
         one = experiment("dynunet", exchange)
         assert private_of(one) == start_state(one).private
 

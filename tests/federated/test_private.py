@@ -104,7 +104,7 @@ def check(output, configs, undisturbed):
 
 
 # ------------------------------------------------------------------------------------------------ a federation
-@pytest.mark.parametrize("exchange", ["all-but-norms", "decoder"])
+@pytest.mark.parametrize("exchange", ["all-but-norms", "all-but-statistics", "decoder"])
 def test_private_tensors_differ_from_site_to_site_and_the_others_are_the_servers(folder, tmp_path, exchange):
     experiment = tiny(exchange=exchange, rounds=2)
     configs = hospitals(folder, tmp_path / "state")
