@@ -100,7 +100,7 @@ def _measured(units: Sequence[Unit], workers: int) -> Iterator[tuple[Unit, Measu
         yield from ((unit, measure(unit)) for unit in units)
         return
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fedseg.robustness.measure"])  # torch among it, once for all workers
+    context.set_forkserver_preload(["fedseg.robustness.measure", "monai.losses"])  # slow imports, once for all workers
     with ProcessPoolExecutor(min(workers, len(units)), mp_context=context, initializer=_start) as pool:
         futures = {pool.submit(measure, unit): unit for unit in units}
         try:

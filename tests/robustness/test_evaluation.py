@@ -210,6 +210,24 @@ def test_one_network_is_measured_on_any_labelled_cases(measured, simulated, tmp_
     assert (tmp_path / "out" / "robustness.sqlite").exists()
 
 
+def test_without_shared_test_persons_each_sites_validation_cases_count(tmp_path):
+    sites = "".join(
+        f'[[sites]]\nname = "{name}"\nphantom = {{ cases = 3, seed = {number}, shape = [16, 16, 16] }}\n'
+        for number, name in enumerate(("Aare", "Elbe"))
+    )
+    scenario = SCENARIO.partition("[source]")[0].format().replace('"local", "leave-one-out"', "").splitlines()
+    kept = [line for line in scenario if not line.startswith(("hospitals", "unseen", "personal", "methods.fedbn"))]
+    (tmp_path / "tiny.toml").write_text("\n".join(['hospitals.Elbe.scanner = "low-field"', *kept, sites]))
+    simulate(load_scenario(tmp_path / "tiny.toml"), tmp_path / "run", Simulator())
+    found = evaluate_run(tmp_path / "run", Question(effects=("noise",), severities=(3,)), Machine())
+    scores = read_scores(tmp_path / "run" / "scores.csv")
+    for site in ("Aare", "Elbe"):
+        dice = [score.dice for score in scores if (score.run, score.site) == ("fedavg", site)]
+        assert found["cross_site"]["dice"]["fedavg"][site]["value"] == pytest.approx(np.mean(dice), abs=1e-9)
+    assert found["persons"] == found["cases"] == 2  # phantoms of equal names at two sites are two persons
+    assert "gap" not in found["cross_site"]["rows"]["fedavg"]
+
+
 def test_wrong_questions_are_refused_with_what_would_be_right(measured, tmp_path):
     def refuse(*arguments):
         done = CliRunner().invoke(app, ["evaluate", *map(str, arguments)])
