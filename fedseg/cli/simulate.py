@@ -27,6 +27,7 @@ def simulate(
     rounds: Annotated[int | None, typer.Option(min=1, help="Replaces the experiment's number of rounds.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what the result directory holds.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Discard what the result directory holds.")] = False,
+    report: Annotated[bool, typer.Option("--report/--no-report", help="Write report.html and report.pdf, too.")] = True,
 ) -> None:
     """Simulate a federation: train it, its pooled and local-only counterparts, and compare them."""
     from rich.console import Console
@@ -36,6 +37,7 @@ def simulate(
     from fedseg.device import pick_device
     from fedseg.errors import ConfigError
     from fedseg.report.figures import draw_figures
+    from fedseg.report.write import write_report
     from fedseg.scenario import load_scenario
     from fedseg.simulation import Machine, discard
     from fedseg.simulation import simulate as run
@@ -53,10 +55,13 @@ def simulate(
     with show_rounds(console, wanted.experiment.federation.rounds) as display:
         result = run(wanted, output, machine, resume=resume, show=display)
         pictures = draw_figures(output, lambda done, total: display.progress("pictures", done, total))
+        reports = write_report(output) if report else []
     _show([result])
     console.print(
         f"{result['seconds']:.0f} s. Results: {output / 'result.json'}, {output / 'scores.csv'}", highlight=False
     )
+    if reports:
+        console.print(f"Report: {reports[0]}", highlight=False, soft_wrap=True)
     console.print("Pictures: " + ", ".join(str(picture) for picture in pictures), highlight=False, soft_wrap=True)
 
 

@@ -8,6 +8,7 @@ import re
 from importlib.resources import files
 from pathlib import Path
 
+import matplotlib
 from PIL import Image
 
 from fedseg.report.document import Block, Bullets, Code, Facts, Paragraph, Picture, Report, Section, Table
@@ -83,7 +84,8 @@ def _picture(picture: Picture) -> str:
         kind = "image/jpeg"
     else:
         # names of parts that are the same in every build, so that the same results give the same file
-        picture.figure.savefig(data, format="svg", metadata={"Date": None})
+        with matplotlib.rc_context({"svg.hashsalt": "fedseg"}):
+            picture.figure.savefig(data, format="svg", metadata={"Date": None})
         kind = "image/svg+xml"
     content = re.sub(rb"<metadata>.*?</metadata>", b"", data.getvalue(), flags=re.DOTALL)
     source = f"data:{kind};base64,{base64.b64encode(content).decode()}"

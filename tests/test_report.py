@@ -1,0 +1,183 @@
+"""The report on a run: of a simulation, of half a one, and of a study of which only sums are known."""
+
+import json
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fedseg.errors import StoreError
+from fedseg.report.document import Bullets, Code, Facts, Paragraph, Report, Section, Table
+from fedseg.report.evidence import Difference, difference, in_short, unknown
+from fedseg.report.html import to_html
+from fedseg.report.pdf import to_pdf
+from fedseg.report.write import write_report
+from fedseg.scores import CaseRow
+from tests.coordinator.browser import Browser, chromium
+from tests.federated.toys import run_toy, toy_experiment
+from tests.test_heterogeneous import finished, folder  # noqa: F401 - fixtures
+from tests.test_simulation import fedseg
+
+PICTURES = Path(__file__).parents[1] / "docs" / "images"
+
+
+def rows(run, site, dice):
+    """One structure of three persons, the second with two cases."""
+    cases = [("1", "p"), ("2", "q"), ("3", "q"), ("4", "r")]
+    row = CaseRow(run, site, "", "", "liver", 0.0, 1.0, 1.0, 1.0, 1.0)
+    return [
+        replace(row, case=case, person=person, dice=value) for (case, person), value in zip(cases, dice, strict=True)
+    ]
+
+
+# --------------------------------------------------------------------------------------------------------------- numbers
+def test_differences_are_of_the_same_persons_and_in_points():
+    scores = rows("fed", "A", [0.8, 0.7, 0.9, 0.6]) + rows("local-A", "A", [0.7, 0.6, 0.8, 0.5])
+    found = difference(scores, "fed", "local", ["A"])
+    assert found.points == pytest.approx(10)
+    assert (found.low, found.high) == (pytest.approx(10), pytest.approx(10))
+    assert found.sure
+    assert str(found) == "+10.0 points (95 % interval +10.0 to +10.0)"
+    assert difference(scores, "fed", "pooled", ["A"]) is None
+
+
+def test_a_difference_around_zero_is_not_sure():
+    assert not Difference(1.0, -0.5, 2.0).sure
+    assert Difference(-1.0, -2.0, -0.5).sure
+
+
+RESULT = {
+    "name": "made-up",
+    "seed": 0,
+    "rounds": 3,
+    "test": "shared persons that no site has",
+    "sites": {"A": {}, "B": {}},
+    "headline": {"fed": {"R": 0.9, "U": 4.0, "U_pooled": -1.0}},
+    "traffic": {"fed": {"megabytes_up": 20.0}},
+    "hospitals": {"B": {"scanner": "old"}},
+    "final": {
+        "fed": {
+            "dice_mean": 0.7, "dice_ci95": [0.6, 0.8], "worst_site": "B", "dice_worst_site": 0.6, "failure_rate": 0.25,
+            "unseen": {"X": 0.66},
+        },
+        "pooled": {"dice_mean": 0.8, "sites": {"A": 0.8, "B": 0.75}},
+        "local": {"sites": {"A": 0.6, "B": 0.7}},
+    },
+}  # fmt: skip
+
+
+def made_up():
+    scores = []
+    for site, fed, alone in (("A", 0.8, 0.6), ("B", 0.6, 0.7)):
+        scores += rows("fed", site, [fed, fed + 0.01, fed, fed - 0.01]) + rows(f"local-{site}", site, [alone] * 4)
+        scores += rows("pooled", site, [0.8] * 4)
+    return scores
+
+
+def test_the_summary_says_who_gains_who_loses_and_what_the_unseen_get():
+    text = " ".join(in_short(RESULT, made_up()))
+    assert "2 hospitals trained one network together (fed). On 3 persons that no hospital had for training" in text
+    assert "keeps 90.0 % of that" in text
+    assert "more than chance explains" in text
+    assert "A gains and B loses" in text
+    assert "serves B (old) worst: Dice 0.600, where the pooled network reaches 0.750" in text
+    assert "25.0 % of the cases have a structure with a Dice below 0.5" in text
+    assert (
+        "took no part (X) it reaches 0.660, 4.0 points below the mean of those that did, and 1.0 points above the pooled"
+        in text
+    )
+    assert "each hospital sent 10 MB of weight differences in 3 rounds" in text
+
+
+def test_what_is_not_known_is_said():
+    text = " ".join(unknown(RESULT | {"final": {"fed": {}}}, made_up()))
+    assert "3 test persons are few" in text
+    assert "nobody knows how much federation costs" in text
+    assert "nobody knows who gains by joining" in text
+    assert "no medical device" in text
+
+
+# ------------------------------------------------------------------------------------------------------------- documents
+EVIL = "<script>alert('é — ±')</script>"
+
+
+def evil_report():
+    blocks = [
+        Paragraph(EVIL),
+        Bullets([EVIL]),
+        Facts([(EVIL, EVIL)]),
+        Code(EVIL),
+        Table(EVIL, [EVIL, EVIL], [[EVIL, "1"]]),
+    ]
+    return Report(EVIL, EVIL, [Section(EVIL, blocks)])
+
+
+def test_names_from_files_are_text_and_nothing_else():
+    page = to_html(evil_report())
+    assert "<script" not in page
+    assert page.count("&lt;script&gt;") >= 10
+    assert to_pdf(evil_report()).startswith(b"%PDF-")
+
+
+def test_the_same_report_gives_the_same_bytes():
+    assert to_html(evil_report()) == to_html(evil_report())
+    assert to_pdf(evil_report()) == to_pdf(evil_report())
+
+
+# ------------------------------------------------------------------------------------------------------------ of real runs
+@pytest.fixture(scope="module")
+def written(finished):  # noqa: F811
+    told = fedseg("report", finished)
+    assert "report.html" in told.stdout
+    return finished
+
+
+def test_a_simulation_gets_a_file_that_holds_everything(written):
+    page = (written / "report.html").read_text()
+    assert len(page) < 3_000_000
+    assert not re.search(r'(?:src|href)="(?!data:|#)', page)
+    for heading in ("In short", "Who does how well", "Methods compared", "Rounds", "Study card", "What is not known"):
+        assert f">{heading}</h2>" in page
+    assert "T2-like contrast" in page
+    assert "takes no part" in page
+    dice = json.loads((written / "result.json").read_text())["final"]["fedavg"]["dice_mean"]
+    assert f"a mean Dice of {dice:.3f}" in page
+    assert (written / "report.pdf").read_bytes().startswith(b"%PDF-")
+
+
+def test_the_report_of_a_study_knows_sums_only(tmp_path):
+    run_toy(toy_experiment(rounds=3), tmp_path)
+    paths = write_report(tmp_path, tmp_path / "told.html")
+    assert [path.name for path in paths] == ["told.html", "told.pdf"]
+    page = paths[0].read_text()
+    assert "3 of 3 rounds are finished, and the final weights are scored." in page
+    assert page.count("<img") == 1
+    for site in "ABC":
+        assert f'<th scope="row">{site}</th>' in page
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(StoreError, match="no run store"):
+        write_report(tmp_path)
+
+
+@pytest.mark.skipif(chromium() is None, reason="chromium (Debian's package) is not installed")
+def test_a_browser_shows_it_without_asking_anybody(written, tmp_path):
+    browser = Browser(tmp_path)
+    try:
+        browser.open(f"file://{written / 'report.html'}")
+        assert browser.ask("document.querySelectorAll('section').length") >= 7
+        assert browser.ask("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
+        assert browser.ask("[...document.images].every(image => image.alt)")
+        for width in (1280, 390):
+            browser.resize(width, 900, phone=width < 800)
+            assert browser.ask("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+        if os.environ.get("FEDSEG_PICTURES"):
+            browser.resize(1180, 900)
+            browser.picture(PICTURES / "report.png")
+        assert all(address.startswith(("file:", "data:")) for address in browser.requests)
+        assert browser.complaints == []
+    finally:
+        browser.close()
