@@ -92,8 +92,8 @@ def predict(
 
 def evaluate(
     model: Annotated[Path, typer.Argument(help=MODEL_HELP)],
-    cases: Annotated[Path | None, typer.Argument(metavar="[DATA]", help="Folder with labelled cases.")] = None,
-    data: Annotated[Path | None, typer.Option(help="The same.")] = None,
+    cases: Annotated[Path | None, typer.Argument(metavar="DATA", help="Folder with labelled cases.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Another way to name DATA.")] = None,
     person: Annotated[
         str, typer.Option(help="Who is one person: case, pairs, pattern:REGEX or column:FILE[:CASE:PERSON].")
     ] = "case",

@@ -157,7 +157,7 @@ def _effects(document: Document) -> Table:
 
 
 def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left")
+    return Table(title=title, title_justify="left", min_width=len(title))  # or a long title is wrapped
 
 
 def _noted(table: Table, text: str) -> Table:
