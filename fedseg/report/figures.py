@@ -175,11 +175,12 @@ def _choose(rows: Sequence[CaseRow], *, same_case: bool) -> list[tuple[str, str]
 
 
 def _panels(output: Path, layout: Any, method: str, site: str, case_name: str) -> list[_Panel]:
+    from fedseg.data.features import align
     from fedseg.data.preprocess import prepare_case
     from fedseg.federated.site import Site
     from fedseg.inference import predict_label
     from fedseg.metrics import score_case
-    from fedseg.model_file import load_model_file, model_path
+    from fedseg.model_file import load_model, model_path
 
     owner = layout.scored_on(site) or next(config for config in layout.sites if config.name == site)
     case = Site(owner).cohort().subset([case_name]).cases[0]
@@ -189,7 +190,7 @@ def _panels(output: Path, layout: Any, method: str, site: str, case_name: str) -
         path = model_path(output, run, site)
         if not path.exists():
             continue
-        experiment, model = load_model_file(path)
+        experiment, model, fingerprint = load_model(path)
         if prepared is None or reference is None:
             prepared = prepare_case(case, experiment.task, experiment.data, owner.shift)
             reference = prepared.label
@@ -198,7 +199,7 @@ def _panels(output: Path, layout: Any, method: str, site: str, case_name: str) -
             panels.append(_Panel(f"{site}: {case_name}, reference", prepared.image[0, index], reference[index]))
         label = predict_label(
             model,
-            prepared.image,
+            align(prepared, experiment.data, fingerprint).image,
             experiment.training.patch_size,
             overlap=experiment.evaluation.overlap,
             slicing=experiment.slicing,
