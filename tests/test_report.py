@@ -1,5 +1,6 @@
 """The report on a run: of a simulation, of half a one, and of a study of which only sums are known."""
 
+import hashlib
 import json
 import os
 import re
@@ -145,6 +146,15 @@ def test_a_simulation_gets_a_file_that_holds_everything(written):
     dice = json.loads((written / "result.json").read_text())["final"]["fedavg"]["dice_mean"]
     assert f"a mean Dice of {dice:.3f}" in page
     assert (written / "report.pdf").read_bytes().startswith(b"%PDF-")
+
+
+def test_a_card_lies_beside_the_networks(written):
+    card = (written / "models" / "MODEL_CARD.md").read_text()
+    for path in (written / "models").rglob("*.safetensors"):
+        assert hashlib.sha256(path.read_bytes()).hexdigest() in card
+    assert "- B: T2-like contrast\n" in card
+    assert "- X: low field, takes no part" in card
+    assert "Not a medical device" in card
 
 
 def test_the_report_of_a_study_knows_sums_only(tmp_path):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from fedseg.errors import StoreError
 from fedseg.federated.checkpoint import write_durably
+from fedseg.report.card import NAME, model_card
 from fedseg.report.content import report_on
 from fedseg.report.html import to_html
 
@@ -32,6 +33,9 @@ def write_report(directory: Path, output: Path | None = None, *, pdf: bool = Tru
 
             paths.append(target.with_suffix(".pdf"))
             write_durably(paths[-1], to_pdf(report))
+        if (directory / "result.json").exists() and (directory / "models").is_dir():
+            paths.append(directory / "models" / NAME)
+            write_durably(paths[-1], model_card(directory).encode())
     except OSError as error:
         raise StoreError(f"{target}: cannot be written: {error}") from error
     return paths
