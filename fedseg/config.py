@@ -262,6 +262,8 @@ class FederationConfig(Section):
     """SCAFFOLD: sites correct their gradients by what the federation's differ from their own; wants `optimizer = "sgd"`."""
     normalise_steps: bool = False
     """FedNova: updates are divided by what the site's local steps amount to, for sites that take different numbers of steps."""
+    personal_lambda: PositiveFloat | None = None
+    """Ditto: each site also trains a network of its own, pulled to what it receives by (lambda/2)||v - w||^2."""
     exchange: Exchange = "all"
     """Tensors that are joined: `all`; `all-but-norms`: norm layers stay at their site (FedBN);
     `all-but-statistics`: only their running statistics do (SiloBN); `decoder`: the encoder does."""
@@ -341,6 +343,8 @@ class Experiment(Section):
         for key in ("control_variates", "normalise_steps"):
             if getattr(federation, key) and federation.aggregate != "mean":
                 raise ValueError(f'federation.{key}: is about a mean of updates; use aggregate = "mean"')
+        if federation.personal_lambda is not None and federation.exchange != "all":
+            raise ValueError('federation.personal_lambda: gives each site a whole network; use exchange = "all"')
         if federation.control_variates and self.training.optimizer != "sgd":
             raise ValueError('federation.control_variates: corrects gradient steps; use training.optimizer = "sgd"')
         from fedseg.models.registry import check_model, resolve

@@ -19,6 +19,7 @@ from fedseg import __version__
 from fedseg.config import Experiment, parse_experiment
 from fedseg.errors import ModelError
 from fedseg.federated.checkpoint import write_durably
+from fedseg.federated.ditto import personal_tensors
 from fedseg.federated.exchange import put_weights
 from fedseg.federated.fingerprint import UNKNOWN, Fingerprint
 from fedseg.federated.private import PrivateTensors
@@ -93,6 +94,21 @@ def save_site_model(path: Path, model: ModelFile, state: Path, site: str) -> Non
         )
     origin, weights = f"{model.origin}/{site}", model.weights | own
     save_model_file(path, model.experiment, weights, origin, site=site, fingerprint=model.fingerprint)
+
+
+def save_personal_model(path: Path, model: ModelFile, state: Path, site: str) -> None:
+    """Write the network that a site has trained for itself (Ditto).
+
+    Raises:
+        ModelError: the site has none of it.
+        StoreError: it is damaged.
+    """
+    kept = personal_tensors(state, model.document, site, model.weights)
+    own = kept.latest()
+    if own is None:
+        raise ModelError(f"site {site!r} has no network of its own of {model.origin} in {kept.folder}")
+    origin = f"{model.origin}/{site}"
+    save_model_file(path, model.experiment, own, origin, site=site, fingerprint=model.fingerprint)
 
 
 def model_path(output: Path, run: str, site: str | None = None) -> Path:

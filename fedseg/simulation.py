@@ -19,6 +19,7 @@ from fedseg import logs
 from fedseg.config import Experiment
 from fedseg.errors import StoreError
 from fedseg.federated.checkpoint import load_state, write_durably
+from fedseg.federated.ditto import personal_tensors
 from fedseg.federated.driver import Event, Fleet, run_federation
 from fedseg.federated.local import PRELOAD, InProcessFleet, WorkerFleet
 from fedseg.federated.machines import MachinePlan
@@ -242,6 +243,7 @@ _ALONE: dict[str, Any] = {
     "proximal_mu": 0.0,
     "control_variates": False,
     "normalise_steps": False,
+    "personal_lambda": None,
     "aggregate": "mean",
     "server_optimizer": "average",
     "server_learning_rate": 1.0,
@@ -305,9 +307,13 @@ def _save_models(
     """Write the server's model, and each site's own if tensors stayed at the sites."""
     origin = f"{experiment.name}/{method}"
     save_model_file(model_path(output, method), experiment, state.weights, origin, fingerprint=state.fingerprint)
-    for site in sites if state.private else ():
-        kept = PrivateTensors(site.state_folder, experiment.to_json(), site.name, state.private)
-        own = kept.latest() or {}  # a site that was never asked has the initial values
+    document, alone = experiment.to_json(), experiment.federation.personal_lambda is not None
+    for site in sites if state.private or alone else ():
+        if alone:
+            kept = personal_tensors(site.state_folder, document, site.name, state.weights)
+        else:
+            kept = PrivateTensors(site.state_folder, document, site.name, state.private)
+        own = kept.latest() or {}  # a site that was never asked has the initial values, or what all share
         path = site_model_path(output, method, site.name)
         weights, told = state.weights | own, f"{origin}/{site.name}"
         save_model_file(path, experiment, weights, told, site=site.name, fingerprint=state.fingerprint)

@@ -20,12 +20,15 @@ def personalise(
     Tensors that stayed at this site are joined with the others; with --epochs the site trains on. Nothing leaves it.
     """
     from fedseg.errors import ConfigError
-    from fedseg.model_file import read_model_file, save_site_model
+    from fedseg.model_file import read_model_file, save_personal_model, save_site_model
     from fedseg.site.config import load_site
 
     config, source = load_site(site), model
     file = read_model_file(model)
-    if file.missing:
+    if file.experiment.federation.personal_lambda is not None:
+        save_personal_model(output, file, config.state_folder, config.name)
+        source = output
+    elif file.missing:
         save_site_model(output, file, config.state_folder, config.name)
         source = output
     elif not epochs:

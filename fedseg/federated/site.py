@@ -26,6 +26,7 @@ from fedseg.drift import SiteDrift, site_drift
 from fedseg.errors import ConfigError, ModelError, SiteAbstained, SiteLate, TrainingDiverged
 from fedseg.evaluation import evaluate
 from fedseg.federated.controls import SiteControls
+from fedseg.federated.ditto import personal_tensors, train_personal
 from fedseg.federated.exchange import anchor_of, buffer_names, check_weights, private_names, put_weights, take_weights
 from fedseg.federated.fingerprint import UNKNOWN, CaseFeatures, Fingerprint, Signs, fingerprint_of, joined, polarity
 from fedseg.federated.machines import MachinePlan
@@ -142,6 +143,11 @@ class Site:
         delta = protect(delta, experiment.privacy, self._noise(experiment.seed, instructions.server_round))
         if controls is not None:
             controls.keep(delta, training["steps"])
+        if experiment.federation.personal_lambda is not None:
+            own = personal_tensors(
+                self.config.state_folder, instructions.experiment, self.config.name, instructions.weights
+            )
+            train_personal(own, model, instructions, experiment, data.training.cases, self.config.name, device)
         return SiteUpdate(update.site, update.server_round, delta, update.num_cases, sums, training, update.quarantined)
 
     def prepare(
