@@ -29,7 +29,6 @@ def build_augmentation(
     kind: Literal["none", "light", "strong"],
     mirrored: Pairs = (),
     flip: int = 2,
-    reversal: float = 0.0,
     curve: float = 0.0,
 ) -> Augmentation:
     """Make the augmentation of an experiment.
@@ -39,11 +38,8 @@ def build_augmentation(
             gamma and low resolution.
         mirrored: label values that change places in a left-right flip; see `mirror_pairs`.
         flip: the axis that runs from left to right: 0, 1, 2 for D, H, W; see `left_right_axis`.
-        reversal: probability that bright and dark change places afterwards.
-        curve: probability that each channel's intensities go through a random curve before that.
+        curve: probability that each channel's intensities go through a random curve afterwards.
     """
-    if reversal:
-        return _reversing(build_augmentation(kind, mirrored, flip, curve=curve), reversal)
     if curve:
         return _curving(build_augmentation(kind, mirrored, flip), curve)
     if kind == "none":
@@ -51,18 +47,6 @@ def build_augmentation(
     if kind == "light":
         return lambda image_CDHW, label_DHW, generator: _light(image_CDHW, label_DHW, generator, mirrored, flip)
     return lambda image_CDHW, label_DHW, generator: _strong(image_CDHW, label_DHW, generator, mirrored, flip)
-
-
-def _reversing(augment: Augmentation, probability: float) -> Augmentation:
-    """Negate prepared intensities at random: after a z-score that is another contrast, as T2 is to T1 weighting."""
-
-    def reversing(
-        image: NDArray[np.float32], label: NDArray[np.uint8], generator: np.random.Generator
-    ) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
-        image, label = augment(image, label, generator)
-        return (-image if generator.random() < probability else image), label
-
-    return reversing
 
 
 def _curving(augment: Augmentation, probability: float) -> Augmentation:

@@ -54,9 +54,8 @@ class PatchSampler:
         self._seed = seed
         self._slicing = slicing
         flip = left_right_axis(self._cases[0].geometry.source.orientation)
-        reversal, curve = config.contrast_reversal, config.contrast_curve
-        self._augment = build_augmentation(config.augmentation, mirrored, flip, reversal, curve)
-        self._padding: dict[int, NDArray[np.float32]] = {}
+        self._augment = build_augmentation(config.augmentation, mirrored, flip, config.contrast_curve)
+        self._extremes: dict[int, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
 
     def __len__(self) -> int:
         """Steps in an epoch."""
@@ -95,17 +94,25 @@ class PatchSampler:
             raise ValueError(f"{case.name} has no label and cannot be trained on")
         start, margin = self._start(case, generator), self._margin()
         label = cut(case.label[None], start - margin, self._size(2 * margin), np.zeros(1, dtype=np.uint8))[0]
-        changed_image, changed_label = self._augment(self._cut_image(number, start), label, generator)
+        share = self._config.contrast_reversal
+        image = self._cut_image(number, start, reverse=share > 0 and generator.random() < share)
+        changed_image, changed_label = self._augment(image, label, generator)
         return np.ascontiguousarray(changed_image), np.ascontiguousarray(self._slicing.inner(changed_label))
 
-    def _cut_image(self, number: int, start: NDArray[np.int64]) -> NDArray[np.float32]:
-        """The patch and its neighbouring slices, as far as the volume, or the patch if it is larger, has them."""
+    def _cut_image(self, number: int, start: NDArray[np.int64], *, reverse: bool) -> NDArray[np.float32]:
+        """The patch and its neighbouring slices, as far as the volume, or the patch if it is larger, has them.
+
+        A reversed one is a patch of the negated volume: what lies outside is dark there, too.
+        """
         image = self._cases[number].image
         margin, length = self._margin(), np.array(image.shape[1:])
         first = np.maximum(start - margin, np.minimum(start, 0))
         end = start + np.array(self._config.patch_size)
         last = np.minimum(end + margin, np.maximum(end, length))
-        patch = cut(image, first, tuple(last - first), self._pad_value(number))
+        darkest, brightest = self._outside(number)
+        patch = cut(image, first, tuple(last - first), brightest if reverse else darkest)
+        if reverse:
+            np.negative(patch, out=patch)
         axis = self._slicing.axis
         return self._slicing.widen(patch, int((first - start + margin)[axis]), int((end + margin - last)[axis]))
 
@@ -130,11 +137,12 @@ class PatchSampler:
             return np.asarray(np.clip(centred, lowest, highest), dtype=np.int64)
         return np.asarray(generator.integers(lowest, highest + 1), dtype=np.int64)
 
-    def _pad_value(self, number: int) -> NDArray[np.float32]:
-        """Each channel's smallest value: air, or the window's lower end."""
-        if number not in self._padding:
-            self._padding[number] = self._cases[number].image.min(axis=(1, 2, 3))
-        return self._padding[number]
+    def _outside(self, number: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Each channel's smallest value, air or the window's lower end, and its largest, which is that of the negated volume."""
+        if number not in self._extremes:
+            image = self._cases[number].image
+            self._extremes[number] = image.min(axis=(1, 2, 3)), image.max(axis=(1, 2, 3))
+        return self._extremes[number]
 
 
 def cut(

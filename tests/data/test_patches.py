@@ -191,3 +191,25 @@ def test_a_site_names_left_and_right_for_its_patches(tmp_path, monkeypatch):
     # The files know a left ear only; in a flipped patch it must have become a right one.
     values = {int(value) for batch in given[0].epoch(0) for value in batch.label.unique()}
     assert values == {0, 1, 2}
+
+
+def test_a_reversed_patch_is_one_of_the_negated_volume():
+    """Its surrounding too: what lies outside a volume is dark, whichever way its contrast is."""
+    small = case("a", (6, 30, 8))
+    negated = dataclasses.replace(small, image=-small.image)
+    settings = {"steps_per_epoch": 20, "batch_size": 1}
+    reversed_ones, plain = (
+        epoch([small], contrast_reversal=1.0, **settings),
+        epoch([negated], contrast_reversal=1e-9, **settings),
+    )
+    assert equal(reversed_ones, plain)
+
+
+def test_patches_are_reversed_as_often_as_asked_for():
+    images, _ = epoch([case(fill=2.0)], contrast_reversal=0.25, steps_per_epoch=500, batch_size=1)
+    share = sum(float(image.mean()) < 0 for image in images) / 500
+    assert 0.18 < share < 0.32
+
+
+def test_without_reversal_the_same_patches_are_drawn_as_ever():
+    assert equal(epoch([case()], steps_per_epoch=5), epoch([case()], contrast_reversal=0.0, steps_per_epoch=5))
