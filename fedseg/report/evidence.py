@@ -74,7 +74,7 @@ def in_short(result: Result, rows: Sequence[CaseRow]) -> list[str]:
     traffic = result["traffic"].get(method)
     if traffic:
         sentences.append(
-            f"No volume was exchanged: each hospital sent {traffic['megabytes_up'] / len(sites):.0f} MB of weight differences in "
+            f"No volume was exchanged: each hospital sent {traffic['megabytes_up'] / len(sites):.3g} MB of weight differences in "
             f"{_count(result['rounds'], 'round')}."
         )
     return sentences
@@ -126,8 +126,9 @@ def _against_alone(result: Result, rows: Sequence[CaseRow], method: str, sites: 
     sentence = f"Compared with training alone, {gains} and {losses}"
     if open_ones:
         sentence += f"; at {_count(open_ones, 'hospital')} the test persons do not tell"
-    best = max((site for site in sites if found[site] is not None), key=lambda site: found[site].points, default=None)  # type: ignore[union-attr]
-    return [f"{sentence}." + (f" The largest change is at {best}: {found[best]}." if best is not None else "")]
+    known = {site: one for site, one in found.items() if one is not None}
+    farthest = max(known, key=lambda site: abs(known[site].points), default=None)
+    return [f"{sentence}." + (f" The largest change is at {farthest}: {known[farthest]}." if farthest else "")]
 
 
 def _worst(result: Result, method: str) -> list[str]:

@@ -67,6 +67,7 @@ def curves_figure(output: Path, result: Result) -> Figure:
         xlabel="round", ylabel="mean Dice on the sites' validation cases", title=f"{result['name']}: learning curves"
     )
     axis.set_ylim(0, 1)
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.legend(frameon=False, loc="lower right")
     return figure
 
@@ -82,6 +83,7 @@ def run_figure(output: Path, run: str) -> Figure:
         )
     axis.set(xlabel="round", ylabel="mean Dice on the sites' validation cases")
     axis.set_ylim(0, 1)
+    axis.xaxis.get_major_locator().set_params(integer=True)
     return figure
 
 
