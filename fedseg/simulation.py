@@ -21,7 +21,7 @@ from fedseg.errors import StoreError
 from fedseg.federated.checkpoint import load_state, write_durably
 from fedseg.federated.ditto import personal_tensors
 from fedseg.federated.driver import Event, Fleet, run_federation
-from fedseg.federated.local import PRELOAD, InProcessFleet, WorkerFleet
+from fedseg.federated.local import PRELOAD, InProcessFleet, WorkerFleet, start_worker
 from fedseg.federated.machines import MachinePlan
 from fedseg.federated.personal import Personal, personalise
 from fedseg.federated.private import PrivateTensors
@@ -394,7 +394,7 @@ def _in_parallel(
         return results
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOAD))
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=logs.follow) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker) as pool:
         futures = [pool.submit(function, *arguments) for arguments in calls]
         try:
             while wait(futures, timeout=0.5).not_done:

@@ -2,7 +2,9 @@
 
 import json
 import multiprocessing
+import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -205,3 +207,15 @@ def _end(worker: _Worker) -> None:
     if worker.process.is_alive():
         worker.process.kill()
         worker.process.join()
+
+
+def start_worker() -> None:
+    """For workers of a process pool: log as the process that started it does, and end with it, even by SIGKILL."""
+    logs.follow()
+    if (gatherer := multiprocessing.parent_process()) is not None:
+        threading.Thread(target=_end_with, args=(gatherer,), daemon=True).start()
+
+
+def _end_with(gatherer: BaseProcess) -> None:
+    gatherer.join()
+    os._exit(1)

@@ -1,17 +1,14 @@
 """Measure what is missing, over worker processes; what is finished is kept, whatever happens then."""
 
 import multiprocessing
-import os
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from fedseg import logs
 from fedseg.errors import StoreError
+from fedseg.federated.local import PRELOAD, start_worker
 from fedseg.processes import only_one
 from fedseg.robustness.measure import Measured, Unit, measure
 from fedseg.robustness.networks import Network
@@ -100,8 +97,8 @@ def _measured(units: Sequence[Unit], workers: int) -> Iterator[tuple[Unit, Measu
         yield from ((unit, measure(unit)) for unit in units)
         return
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fedseg.robustness.measure", "monai.losses"])  # slow imports, once for all workers
-    with ProcessPoolExecutor(min(workers, len(units)), mp_context=context, initializer=_start) as pool:
+    context.set_forkserver_preload([*PRELOAD, "fedseg.robustness.measure"])
+    with ProcessPoolExecutor(min(workers, len(units)), mp_context=context, initializer=start_worker) as pool:
         futures = {pool.submit(measure, unit): unit for unit in units}
         try:
             for future in as_completed(futures):
@@ -116,15 +113,3 @@ def _measured(units: Sequence[Unit], workers: int) -> Iterator[tuple[Unit, Measu
             for process in list((pool._processes or {}).values()):
                 process.terminate()
             raise
-
-
-def _start() -> None:
-    """Have a worker end when the process that gathers the results does, even by SIGKILL."""
-    logs.follow()
-    if (gatherer := multiprocessing.parent_process()) is not None:
-        threading.Thread(target=_end_with, args=(gatherer,), daemon=True).start()
-
-
-def _end_with(gatherer: Any) -> None:
-    gatherer.join()
-    os._exit(1)
