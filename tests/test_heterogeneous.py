@@ -140,7 +140,9 @@ def test_a_site_trains_on_from_a_federations_model(finished, tmp_path):
     told = fedseg("personalise", source, "--site", site, "-o", tmp_path / "own.safetensors", "--epochs", 1).stdout
     assert "mean Dice of the validation persons after 0, 1, ... epochs: 0." in told
     assert read_model_file(tmp_path / "own.safetensors").weights.keys() == read_model_file(source).weights.keys()
-    assert "is complete" in fedseg("personalise", source, "--site", site, "-o", tmp_path / "no", expect=2).stderr
+    assert (
+        "the model is complete" in fedseg("personalise", source, "--site", site, "-o", tmp_path / "no", expect=2).stderr
+    )
 
 
 def test_pictures_are_drawn_of_hospitals_that_differ(finished):

@@ -132,7 +132,7 @@ def test_scores_of_each_case_are_kept_and_local_models_are_scored_at_home(finish
 
 def test_checkpoints_models_and_pictures_are_there(finished):
     assert list((finished / "checkpoints").glob("federated-round-0003.safetensors"))
-    assert {path.stem for path in (finished / "models").iterdir()} == set(RUNS)
+    assert {path.stem for path in (finished / "models").glob("*.safetensors")} == set(RUNS)
     for name in ("curves.png", "sites.png", "segmentations.png"):
         assert (finished / name).read_bytes()[:4] == b"\x89PNG"
 

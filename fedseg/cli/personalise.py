@@ -19,7 +19,7 @@ def personalise(
 
     Tensors that stayed at this site are joined with the others; with --epochs the site trains on. Nothing leaves it.
     """
-    from fedseg.errors import ConfigError
+    from fedseg.errors import ModelError
     from fedseg.model_file import read_model_file, save_personal_model, save_site_model
     from fedseg.site.config import load_site
 
@@ -32,7 +32,9 @@ def personalise(
         save_site_model(output, file, config.state_folder, config.name)
         source = output
     elif not epochs:
-        raise ConfigError(f"{model}: is complete, nothing of it stayed at the sites; --epochs 5 would train on from it")
+        raise ModelError(
+            f"{model}: the model is complete, nothing of it stayed at the sites; --epochs 5 would train on from it"
+        )
     if epochs:
         from fedseg.simulation import personalise_file
 

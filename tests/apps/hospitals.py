@@ -75,7 +75,7 @@ def gates(configs: Iterable[SiteConfig]) -> Iterator[dict[int, Node]]:
 def write_experiment(path: Path, experiment: Experiment) -> None:
     """Write an experiment's file; JSON values are TOML values."""
     lines = [f"name = {json.dumps(experiment.name)}"]
-    for section in ("task", "data", "model", "training", "federation"):
+    for section in ("task", "data", "model", "training", "evaluation", "federation"):
         values = getattr(experiment, section).model_dump(mode="json", exclude_defaults=True)
         lines += [f"{section}.{key} = {_value(value)}" for key, value in values.items()]
     path.write_text("\n".join(lines) + "\n")

@@ -34,7 +34,7 @@ def test_actors_give_the_weights_of_a_plain_loop_to_the_last_bit_and_an_error_en
     store = RunStore(tmp_path / "ray")
     sites = [load_site(path) for path in files.values()]
     before, level = dict(os.environ), logging.getLogger("flwr").level
-    with pytest.raises(ZeroDivisionError), _fleet(sites, Machine(workers=2, engine="flower")) as fleet:
+    with pytest.raises(ZeroDivisionError), _fleet(sites, (), Machine(workers=2, engine="flower")) as fleet:
         assert isinstance(fleet, FlowerFleet)
         state = run_federation(experiment, fleet, store, lambda: start_state(experiment))
         raise ZeroDivisionError

@@ -7,7 +7,7 @@ from packaging.requirements import Requirement
 
 from tests.deploy.variants import DEPLOY, DOCKERFILES, PROJECT, dockerfile
 
-TRAINING_ONLY = {"matplotlib", "monai", "nibabel", "scipy", "torch"}
+TRAINING_ONLY = {"matplotlib", "monai", "nibabel", "reportlab", "scipy", "torch"}
 each = pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.suffix[1:])
 
 
