@@ -140,6 +140,7 @@ def test_a_simulation_gets_a_file_that_holds_everything(written):
     page = (written / "report.html").read_text()
     assert len(page) < 3_000_000
     assert not re.search(r'(?:src|href)="(?!data:|#)', page)
+    assert str(written.parent) not in page
     for heading in ("In short", "Who does how well", "Methods compared", "Rounds", "Study card", "What is not known"):
         assert f">{heading}</h2>" in page
     assert "T2-like contrast" in page

@@ -224,9 +224,9 @@ def _card(directory: Path, result: Result, runs: Sequence[RunSummary]) -> list[B
 
 
 def _again(directory: Path, result: Result) -> str:
-    name = shlex.quote(str(directory))
+    name = shlex.quote(directory.resolve().name)  # the folders above it are nobody's business
     return (
-        f"# the scenario with all its settings is {directory / 'scenario.json'}\n"
+        "# the scenario with all its settings is scenario.json, beside the scores\n"
         f"fedseg simulate SCENARIO.toml --seed {result['seed']} --output {name}\n"
         f"fedseg evaluate --robustness {name}\n"
         f"fedseg report {name}"
