@@ -21,6 +21,9 @@ LONGEST = (
     "tests/test_simulation",
     "test_networks_of_images",
     "test_engines",
+    "test_heterogeneous",
+    "tests/robustness/",
+    "test_report",
     "tests/site/",
     "tests/models/",
 )
