@@ -1,12 +1,10 @@
 """Simulate a scenario on one machine: federated runs, their baselines, and one honest comparison of all final models."""
 
 import json
-import multiprocessing
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +19,7 @@ from fedseg.errors import StoreError
 from fedseg.federated.checkpoint import load_state, write_durably
 from fedseg.federated.ditto import personal_tensors
 from fedseg.federated.driver import Event, Fleet, run_federation
-from fedseg.federated.local import PRELOAD, InProcessFleet, WorkerFleet, start_worker
+from fedseg.federated.local import InProcessFleet, WorkerFleet, worker_pool
 from fedseg.federated.machines import MachinePlan
 from fedseg.federated.personal import Personal, personalise
 from fedseg.federated.private import PrivateTensors
@@ -392,27 +390,14 @@ def _in_parallel(
             results.append(function(*arguments))
         watch(len(calls))
         return results
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOAD))
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker) as pool:
+    with worker_pool(workers, "add --resume, with fewer --workers") as pool:
         futures = [pool.submit(function, *arguments) for arguments in calls]
-        try:
-            while wait(futures, timeout=0.5).not_done:
-                finished = [future for future in futures if future.done()]
-                watch(len(finished))
-                for future in finished:
-                    future.result()
-            results = [future.result() for future in futures]
-        except BrokenProcessPool:
-            raise StoreError(
-                "a worker process died, perhaps out of memory; add --resume, with fewer --workers"
-            ) from None
-        except BaseException:
-            for future in futures:
-                future.cancel()
-            for process in list((pool._processes or {}).values()):
-                process.terminate()
-            raise
+        while wait(futures, timeout=0.5).not_done:
+            finished = [future for future in futures if future.done()]
+            watch(len(finished))
+            for future in finished:
+                future.result()
+        results = [future.result() for future in futures]
         watch(len(calls))
         return results
 

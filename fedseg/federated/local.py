@@ -7,13 +7,16 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Self
 
 from fedseg import logs
+from fedseg.errors import StoreError
 from fedseg.federated.mailbox import Mailbox
 from fedseg.federated.messages import Answer, RoundInstructions, SiteFailure, SiteUpdate
 
@@ -209,8 +212,33 @@ def _end(worker: _Worker) -> None:
         worker.process.join()
 
 
-def start_worker() -> None:
-    """For workers of a process pool: log as the process that started it does, and end with it, even by SIGKILL."""
+@contextmanager
+def worker_pool(workers: int, remedy: str, preload: Sequence[str] = PRELOAD) -> Iterator[ProcessPoolExecutor]:
+    """Worker processes that share slow imports, and end with whoever started them.
+
+    Args:
+        workers: how many.
+        remedy: what a person can do if one dies.
+        preload: modules that they share from the start.
+
+    Raises:
+        StoreError: a worker died.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(preload))
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
+        try:
+            yield pool
+        except BrokenProcessPool:
+            raise StoreError(f"a worker process died, perhaps out of memory; {remedy}") from None
+        except BaseException:
+            for process in list((pool._processes or {}).values()):
+                process.terminate()
+            raise
+
+
+def _start_worker() -> None:
+    """Log as the process that started this one does, and end with it, even by SIGKILL."""
     logs.follow()
     if (gatherer := multiprocessing.parent_process()) is not None:
         threading.Thread(target=_end_with, args=(gatherer,), daemon=True).start()

@@ -1,14 +1,11 @@
 """Measure what is missing, over worker processes; what is finished is kept, whatever happens then."""
 
-import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedseg.errors import StoreError
-from fedseg.federated.local import PRELOAD, start_worker
+from fedseg.federated.local import PRELOAD, worker_pool
 from fedseg.processes import only_one
 from fedseg.robustness.measure import Measured, Unit, measure
 from fedseg.robustness.networks import Network
@@ -96,20 +93,8 @@ def _measured(units: Sequence[Unit], workers: int) -> Iterator[tuple[Unit, Measu
     if workers <= 1 or len(units) <= 1:
         yield from ((unit, measure(unit)) for unit in units)
         return
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*PRELOAD, "fedseg.robustness.measure"])
-    with ProcessPoolExecutor(min(workers, len(units)), mp_context=context, initializer=start_worker) as pool:
+    remedy = "start again with fewer --workers, what was measured is kept"
+    with worker_pool(min(workers, len(units)), remedy, (*PRELOAD, "fedseg.robustness.measure")) as pool:
         futures = {pool.submit(measure, unit): unit for unit in units}
-        try:
-            for future in as_completed(futures):
-                yield futures.pop(future), future.result()
-        except BrokenProcessPool:
-            raise StoreError(
-                "a worker process died, perhaps out of memory; start again with fewer --workers, what was measured is kept"
-            ) from None
-        except BaseException:
-            for future in futures:
-                future.cancel()
-            for process in list((pool._processes or {}).values()):
-                process.terminate()
-            raise
+        for future in as_completed(futures):
+            yield futures.pop(future), future.result()
