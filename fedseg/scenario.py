@@ -23,6 +23,7 @@ from fedseg.data.cohort import Case, Cohort, PersonRule, read_cohort, split_by_p
 from fedseg.data.phantom import PhantomConfig, write_phantoms
 from fedseg.data.shift.profiles import Annotator, Scanner, Shift
 from fedseg.errors import ConfigError
+from fedseg.expected import Expected, Figure
 from fedseg.federated.machines import MachinePlan, Machines, SimulatedMachine
 from fedseg.federated.rounds import derive_seed
 from fedseg.names import Name
@@ -150,6 +151,8 @@ class Scenario(Section):
     """Hospitals that never take part: every final model is scored on the test persons as their scanners see them."""
     machines: Machines | None = None
     """Virtual clock, deadline and absences; absent: every site answers."""
+    expected: dict[str, dict[Figure, Expected]] = Field(default={})
+    """By method: what came out when somebody ran it before; `fedseg simulate` says whether it did again."""
 
     @model_validator(mode="after")
     def _has_sites(self) -> Self:
@@ -182,6 +185,9 @@ class Scenario(Section):
             raise ValueError(
                 "methods needs at least one name; pooled, local, local-..., without-... and ...-personal are taken"
             )
+        known_methods = (*self.compared, *(name for name in ("pooled", "local") if name in self.baselines))
+        if strangers := sorted(set(self.expected) - set(known_methods)):
+            raise ValueError(f"expected: there is no method {strangers[0]!r}, there are {', '.join(known_methods)}")
         for name in self.methods:
             try:
                 self.experiment_of(name)
@@ -243,6 +249,7 @@ def load_scenario(path: Path, *, seed: int | None = None, rounds: int | None = N
             document["experiment"]["seed"] = seed
         if rounds is not None:
             document["experiment"].setdefault("federation", {})["rounds"] = rounds
+            document.pop("expected", None)  # it is about as many rounds as the file says
     scenario = validate_section(Scenario, json.dumps(document, default=str), source=str(path), folder=path.parent)
     base = path.resolve().parent
     updates: dict[str, Any] = {"experiment": scenario.experiment.located(home)}

@@ -20,12 +20,12 @@ from fedseg.evaluation import evaluate
 from fedseg.federated.checkpoint import write_durably
 from fedseg.federated.fingerprint import Fingerprint
 from fedseg.federated.site import Site
-from fedseg.federated.store import RunStore
 from fedseg.metrics import FAILURE_DICE, LabelScore, bootstrap_ci
 from fedseg.model_file import load_model
 from fedseg.models.registry import ARCHITECTURES
 from fedseg.scenario import Layout, Scenario
 from fedseg.site.config import SiteConfig
+from fedseg.traffic import traffic
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def summarise(scenario: Scenario, layout: Layout, rows: Sequence[CaseRow], outpu
         "sites": {site.name: _site_counts(site, experiment) for site in layout.sites},
         "final": final,
         "headline": {method: headline(final, method) for method in scenario.compared},
-        "traffic": {method: _traffic(output, method) for method in scenario.methods},
+        "traffic": {method: traffic(output, method) for method in scenario.methods},
         "hospitals": {
             name: {
                 "scanner": hospital.scanner and hospital.scanner.name,
@@ -134,6 +134,10 @@ def summarise(scenario: Scenario, layout: Layout, rows: Sequence[CaseRow], outpu
             for name, hospital in (scenario.hospitals | scenario.unseen).items()
         },
         "leave_one_out": site_means([row for row in rows if row.run == f"without-{row.site}"]),
+        "expected": {
+            method: {figure: expected.model_dump() for figure, expected in figures.items()}
+            for method, figures in scenario.expected.items()
+        },
     }
 
 
@@ -232,15 +236,3 @@ def _site_counts(site: SiteConfig, experiment: Experiment) -> dict[str, Any]:
         "validation_cases": len(data.validation.cases),
         "quarantined": {reason: quarantined.count(reason) for reason in dict.fromkeys(quarantined)},
     }
-
-
-def _traffic(output: Path, run: str) -> dict[str, float]:
-    store = RunStore(output, run)
-    try:
-        row = store.rows(
-            "SELECT COALESCE(SUM(bytes), 0) AS up, COUNT(*) AS n FROM updates WHERE run = ? AND status = 'accepted'",
-            run,
-        )[0]
-        return {"megabytes_up": row["up"] / 1e6, "updates": row["n"]}
-    finally:
-        store.close()

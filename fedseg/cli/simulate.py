@@ -1,7 +1,7 @@
 """`fedseg simulate` and `fedseg results`: federations on one machine, and how their methods compare."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -56,7 +56,7 @@ def simulate(
         result = run(wanted, output, machine, resume=resume, show=display)
         pictures = draw_figures(output, lambda done, total: display.progress("pictures", done, total))
         reports = write_report(output) if report else []
-    _show([result])
+    _show([output])
     console.print(
         f"{result['seconds']:.0f} s. Results: {output / 'result.json'}, {output / 'scores.csv'}", highlight=False
     )
@@ -69,11 +69,18 @@ def results(
     directories: Annotated[
         list[Path], typer.Argument(help="Result directories; those of one study become mean ± SD, different ones rows.")
     ],
+    against: Annotated[
+        list[str] | None,
+        typer.Option(help="Compare every method with these, person by person; absent: the first, pooled and local."),
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Fail if a figure is not what the scenario's file expects.")
+    ] = False,
 ) -> None:
     """Show the comparison of finished simulations again, over several seeds, or of several studies side by side."""
-    from fedseg.report.tables import load_result
-
-    _show([load_result(directory) for directory in directories])
+    missed = _show(directories, against)
+    if check and missed:
+        raise typer.Exit(1)
 
 
 def usable_cores() -> int:
@@ -83,19 +90,33 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _show(found: list[dict[str, Any]]) -> None:
+def _show(directories: list[Path], against: list[str] | None = None) -> int:
+    """Print all tables; returns how many figures are not as expected."""
     from rich.console import Console
 
-    from fedseg.report.tables import comparison_table, method_table, robustness_table, site_table
+    from fedseg.expected import against_expected
+    from fedseg.report.study_tables import difference_table, expected_table, interval_table
+    from fedseg.report.tables import comparison_table, load_result, method_table, robustness_table, site_table
+    from fedseg.study import Study
 
-    studies: dict[str, list[dict[str, Any]]] = {}
-    for result in found:
-        studies.setdefault(result["name"], []).append(result)
+    studies: dict[str, list[Path]] = {}
+    for directory in directories:
+        studies.setdefault(load_result(directory)["name"], []).append(directory)
+    found = {name: [load_result(directory) for directory in one] for name, one in studies.items()}
     console = Console()
     if not console.is_terminal:
         console = Console(width=180)
     if len(studies) > 1:
-        console.print(comparison_table(list(studies.values())))
-        return
-    tables = (method_table(found), site_table(found), robustness_table(found))
+        console.print(comparison_table(list(found.values())))
+        return sum(not row["met"] for results in found.values() for row in against_expected(results))
+    study, results = Study(directories), next(iter(found.values()))
+    tables = (
+        method_table(results),
+        interval_table(study),
+        difference_table(study, against),
+        site_table(results),
+        robustness_table(results),
+        expected_table(results),
+    )
     console.print(*(table for table in tables if table is not None), sep="\n")
+    return sum(not row["met"] for row in against_expected(results))

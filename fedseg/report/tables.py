@@ -42,7 +42,7 @@ def method_table(results: Sequence[Result]) -> Table:
     table = Table(title=f"{first['name']}{seeds}: scored on {first['test']}", title_justify="left")
     for heading in ("method", "Dice", "worst site", *labels, "HD95 mm", "R %", "W pt", "G pt"):
         table.add_column(heading, justify="left" if heading == "method" else "right")
-    for method in _methods(first):
+    for method in methods_of(first):
         table.add_row(method, *_cells(results, method, labels))
     table.caption, table.caption_justify = CAPTION, "left"
     return table
@@ -82,7 +82,7 @@ def comparison_table(studies: Sequence[Sequence[Result]]) -> Table:
     for results in studies:
         model = results[0]["model"]
         network = f"{model['name']} {model['preset'] or ''}".rstrip()
-        for method in _methods(results[0]):
+        for method in methods_of(results[0]):
             table.add_row(results[0]["name"], network, str(len(results)), method, *_cells(results, method, labels))
         table.add_section()
     table.caption, table.caption_justify = CAPTION, "left"
@@ -92,7 +92,7 @@ def comparison_table(studies: Sequence[Sequence[Result]]) -> Table:
 def site_table(results: Sequence[Result]) -> Table:
     """One row per site: its scanner, its training cases and each method's Dice; then hospitals that took no part."""
     first = results[0]
-    methods, hospitals = _methods(first), first.get("hospitals", {})
+    methods, hospitals = methods_of(first), first.get("hospitals", {})
     left_out = any(result.get("leave_one_out") for result in results)
     table = Table(title="Dice by site", title_justify="left")
     headings = ["site", *(["scanner", "annotator"] if hospitals else []), "training cases", *methods]
@@ -119,7 +119,7 @@ def robustness_table(results: Sequence[Result]) -> Table | None:
     table = Table(title="What the mean hides", title_justify="left")
     for heading in ("method", "site SD", "10th percentile", "failed %", "unseen", "U pt", "unseen against pooled pt"):
         table.add_column(heading, justify="left" if heading == "method" else "right")
-    for method in _methods(first):
+    for method in methods_of(first):
         finals = [result["final"][method] for result in results]
         heads = [result["headline"].get(method, {}) for result in results]
         unseen = [statistics.fmean(final["unseen"].values()) if final.get("unseen") else None for final in finals]
@@ -149,6 +149,11 @@ def spread(values: Sequence[float | None], digits: int) -> str:
     return mean if len(known) == 1 else f"{mean} ± {statistics.stdev(known):.{digits}f}"
 
 
+def methods_of(result: Result) -> list[str]:
+    """Federated methods first, then the baselines."""
+    return [*result["headline"], *(name for name in ("pooled", "local") if name in result["final"])]
+
+
 def _cells(results: Sequence[Result], method: str, labels: Sequence[str]) -> list[str]:
     finals = [result["final"][method] for result in results]
     heads = [result["headline"].get(method, {}) for result in results]
@@ -165,11 +170,6 @@ def _cells(results: Sequence[Result], method: str, labels: Sequence[str]) -> lis
 def _cases(result: Result) -> int:
     cases: int = next(iter(result["final"].values()))["cases"]
     return cases
-
-
-def _methods(result: Result) -> list[str]:
-    """Federated methods first, then the baselines."""
-    return [*result["headline"], *(name for name in ("pooled", "local") if name in result["final"])]
 
 
 def _scaled(value: float | None, factor: float) -> float | None:

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from fedseg.robustness.calibration import auroc, brier, ece, reliability
-from fedseg.robustness.comparison import holm, wilcoxon
 from fedseg.robustness.confidence import BINS, Confidence, confidence_of, ring
 from fedseg.robustness.degradation import corruption_errors, degradations, ranks
 from fedseg.robustness.hospitals import jain
+from fedseg.robustness.paired import holm, wilcoxon
 from fedseg.robustness.resampling import Resampling, Value, estimate
 
 
