@@ -145,6 +145,8 @@ class Scenario(Section):
     personal_epochs: Annotated[int, Field(ge=0, le=1000)] = 0
     """After the last round of each method every site goes on alone for up to so many epochs, and keeps what its validation cases
     prefer: a further method, `NAME-personal`."""
+    personalised: tuple[Name, ...] = ()
+    """Methods that this is done with; none named: all."""
     hospitals: dict[str, Hospital] = Field(default={})
     """By name of the site: scanner, annotator and machine; sites that are not named are as their data are."""
     unseen: dict[Name, Hospital] = Field(default={})
@@ -185,6 +187,10 @@ class Scenario(Section):
             raise ValueError(
                 "methods needs at least one name; pooled, local, local-..., without-... and ...-personal are taken"
             )
+        if strangers := sorted(set(self.personalised) - set(self.methods)):
+            raise ValueError(f"personalised: there is no method {strangers[0]!r}, there are {', '.join(self.methods)}")
+        if self.personalised and not self.personal_epochs:
+            raise ValueError("personalised: personal_epochs says for how long, and it is 0")
         known_methods = (*self.compared, *(name for name in ("pooled", "local") if name in self.baselines))
         if strangers := sorted(set(self.expected) - set(known_methods)):
             raise ValueError(f"expected: there is no method {strangers[0]!r}, there are {', '.join(known_methods)}")
@@ -198,7 +204,14 @@ class Scenario(Section):
     @property
     def compared(self) -> tuple[str, ...]:
         """Names of all federated methods, with those that are personalised."""
-        return (*self.methods, *(personal(method) for method in self.methods if self.personal_epochs))
+        return (*self.methods, *(personal(method) for method in self.goes_on))
+
+    @property
+    def goes_on(self) -> tuple[str, ...]:
+        """Methods after which every site goes on alone."""
+        if not self.personal_epochs:
+            return ()
+        return tuple(method for method in self.methods if not self.personalised or method in self.personalised)
 
     def machine_plans(self, sites: Sequence[str]) -> dict[str, MachinePlan]:
         """What each site's machine does, by name; none unless the scenario speaks of machines."""

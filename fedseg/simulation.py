@@ -114,7 +114,7 @@ def simulate(
         others = tuple(site for site in layout.sites if site is not absent)
         experiment = _of_fewer(scenario.experiment_of(next(iter(scenario.methods))), len(others))
         _federate(experiment, without(absent.name), others, scenario, output, machine, resume, show)
-    if scenario.personal_epochs:
+    if scenario.goes_on:
         _personalise_all(scenario, layout, output, machine, show)
     baselines = _baselines(scenario, layout)
     _run_baselines(baselines, scenario.experiment, output, machine, resume, show)
@@ -132,10 +132,10 @@ def without(site: str) -> str:
 
 
 def _personalise_all(scenario: Scenario, layout: Layout, output: Path, machine: Machine, show: Show) -> None:
-    """Have every site go on alone from every method's model; what is there already is left as it is."""
+    """Have every site go on alone from the models of these methods; what is there already is left as it is."""
     paths = [
         (site, model_path(output, method, site.name), site_model_path(output, personal(method), site.name))
-        for method in scenario.methods
+        for method in scenario.goes_on
         for site in layout.sites
     ]
     calls = [(site, source, target, scenario.personal_epochs) for site, source, target in paths if not target.exists()]

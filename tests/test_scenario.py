@@ -174,3 +174,19 @@ def test_the_shipped_scenarios_are_valid(monkeypatch):
     shipped = sorted((Path(__file__).parents[1] / "simulations").glob("*.toml"))
     assert shipped
     assert all(isinstance(load_scenario(path), Scenario) for path in shipped)
+
+
+def test_only_some_methods_are_personalised(tmp_path):
+    methods = "[methods.plain]\n[methods.prox]\nproximal_mu = 0.1\n"
+    top = 'personal_epochs = 2\npersonalised = ["prox"]\n'
+    found = load_scenario(write(tmp_path, top + EXPERIMENT + SITES + methods))
+    assert found.goes_on == ("prox",)
+    assert found.compared == ("plain", "prox", "prox-personal")
+    assert load_scenario(write(tmp_path, "personal_epochs = 2\n" + EXPERIMENT + SITES + methods)).goes_on == (
+        "plain",
+        "prox",
+    )
+    with pytest.raises(ConfigError, match="personalised: there is no method 'other', there are plain, prox"):
+        load_scenario(write(tmp_path, top.replace("prox", "other") + EXPERIMENT + SITES + methods))
+    with pytest.raises(ConfigError, match="personalised: personal_epochs says for how long, and it is 0"):
+        load_scenario(write(tmp_path, top.replace("2", "0") + EXPERIMENT + SITES + methods))
