@@ -8,13 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
+from reportlab.pdfbase.pdfmetrics import stringWidth
 
 from fedseg.errors import StoreError
 from fedseg.report.document import Bullets, Code, Facts, Paragraph, Report, Section, Table
+from fedseg.report.drawing import drawing_of
 from fedseg.report.evidence import Difference, difference, in_short, unknown
+from fedseg.report.figures import COLOURS
 from fedseg.report.html import to_html
-from fedseg.report.pdf import to_pdf
+from fedseg.report.pdf import WIDTH, _styles, _widths, to_pdf
+from fedseg.report.svg import to_svg
 from fedseg.report.write import write_report
 from fedseg.scores import CaseRow
 from tests.coordinator.browser import Browser, chromium
@@ -128,6 +133,41 @@ def test_the_same_report_gives_the_same_bytes():
     assert to_pdf(evil_report()) == to_pdf(evil_report())
 
 
+def drawn(colour):
+    figure = Figure(figsize=(2, 1))
+    axis = figure.subplots()
+    axis.plot([0, 1, 2], [0, 5, 0], color=colour)
+    axis.set(ylim=(0, 1), xlabel="<round>")
+    return drawing_of(figure)
+
+
+def test_a_chart_is_lines_and_words_in_the_colours_of_the_page():
+    page = to_svg(drawn(COLOURS[0]), 'a "chart"')
+    assert 'aria-label="a &quot;chart&quot;"' in page
+    assert 'stroke="var(--series-1)"' in page
+    assert ">&lt;round&gt;</text>" in page
+    assert 'fill="#ffffff"' not in page  # it has no ground of its own
+    assert "style=" not in page  # which the page's policy forbids
+    assert "url(" not in page
+
+
+def test_lines_end_where_the_axes_end():
+    lines = [mark for mark in drawn("#123456").marks if getattr(mark, "stroke", None) == "#123456"]
+    heights = [y for line in lines for _, points in line.steps for y in points[1::2]]
+    assert 0 < max(heights) <= 72
+    assert len(lines[0].steps) == 4  # up and down, without the peak that lies above them
+
+
+def test_columns_of_a_page_are_as_wide_as_their_numbers():
+    to_pdf(Report("t", "s", []))  # which knows the fonts
+    rows = [["a hospital with a name of many words that may be broken", "+0.1 [-0.2, +0.4]", "1"] * 2]
+    table = Table("", ["hospital", "difference", "n"] * 2, rows)
+    widths = _widths(table, _styles()["cell"])
+    assert sum(widths) == pytest.approx(WIDTH)
+    for n in (1, 4):
+        assert widths[n] >= stringWidth(rows[0][n], "Sans", 8)
+
+
 # ------------------------------------------------------------------------------------------------------------ of real runs
 @pytest.fixture(scope="module")
 def written(finished):  # noqa: F811
@@ -165,7 +205,8 @@ def test_the_report_of_a_study_knows_sums_only(tmp_path):
     assert [path.name for path in paths] == ["told.html", "told.pdf"]
     page = paths[0].read_text()
     assert "3 of 3 rounds are finished, and the final weights are scored." in page
-    assert page.count("<img") == 1
+    assert page.count("<svg") == 1
+    assert "<img" not in page
     for site in "ABC":
         assert f'<th scope="row">{site}</th>' in page
 
@@ -182,7 +223,9 @@ def test_a_browser_shows_it_without_asking_anybody(written, tmp_path):
         browser.open(f"file://{written / 'report.html'}")
         assert browser.ask("document.querySelectorAll('section').length") >= 7
         assert browser.ask("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
-        assert browser.ask("[...document.images].every(image => image.alt)")
+        assert browser.ask(
+            "[...document.querySelectorAll('img, svg[role=img]')].every(one => one.alt || one.ariaLabel)"
+        )
         for width in (1280, 390):
             browser.resize(width, 900, phone=width < 800)
             assert browser.ask("document.documentElement.scrollWidth <= document.documentElement.clientWidth")

@@ -16,7 +16,8 @@ from fedseg.coordinator.history import RoundStory, RunSummary, find_runs, rounds
 from fedseg.errors import StoreError
 from fedseg.federated.store import RunStore
 from fedseg.report import figures, robustness_figures
-from fedseg.report.document import Block, Bullets, Code, Facts, Paragraph, Picture, Report, Section, Table
+from fedseg.report.document import Block, Bullets, Charts, Code, Facts, Paragraph, Photo, Report, Section, Table
+from fedseg.report.drawing import drawing_of
 from fedseg.report.evidence import Result, difference, in_short, unknown
 from fedseg.report.tables import CAPTION, load_result
 from fedseg.scores import CaseRow, read_scores
@@ -81,8 +82,14 @@ def _hospitals(result: Result, rows: Sequence[CaseRow]) -> list[Block]:
     drawn = figures.sites_figure(result)
     words_of_it = "; ".join(f"{row[0]}: {row[words + 1]}" for row in table)
     return [
-        Picture(drawn, "Mean Dice of every method at every hospital.", f"Bars of mean Dice. {method}: {words_of_it}."),
-        Table(f"Hospitals ({result['test']}); differences with 95 % intervals, persons paired", head, table, words),
+        Charts(
+            [drawing_of(drawn)],
+            "Mean Dice of every method at every hospital.",
+            [f"Bars of mean Dice. {method}: {words_of_it}."],
+        ),
+        _without_empty(
+            f"Hospitals ({result['test']}); differences with 95 % intervals, persons paired", head, table, words
+        ),
     ]
 
 
@@ -113,7 +120,7 @@ def _methods(result: Result, rows: Sequence[CaseRow]) -> list[Block]:
         ]
         table.append(row)
     return [
-        Table("Methods, on the same persons; the last column in Dice points", head, table),
+        _without_empty("Methods, on the same persons; the last column in Dice points", head, table),
         Paragraph(f"{CAPTION} W and G in Dice points (0.01)."),
     ]
 
@@ -139,10 +146,12 @@ def _rounds(directory: Path, result: Result, runs: Sequence[RunSummary]) -> list
         )
     drawn = figures.curves_figure(directory, result)
     return [
-        Picture(
-            drawn, "Mean Dice on the hospitals' validation cases.", "Curves of mean validation Dice over the rounds."
+        Charts(
+            [drawing_of(drawn)],
+            "Mean Dice on the hospitals' validation cases.",
+            ["Curves of mean validation Dice over the rounds."],
         ),
-        Table("What the rounds took", head, table),
+        _without_empty("What the rounds took", head, table),
     ]
 
 
@@ -167,20 +176,20 @@ def _robustness(directory: Path) -> list[Section]:
         ),
         ("calibration", robustness_figures.reliability_figure, "How sure networks are, and how often they are right."),
     ]
-    blocks: list[Block] = [Picture(draw(document), text, text) for part, draw, text in drawn if document.get(part)]
+    blocks: list[Block] = [
+        Charts([drawing_of(draw(document))], text, [text]) for part, draw, text in drawn if document.get(part)
+    ]
     return [Section("Robustness", blocks)] if blocks else []
 
 
 def _cases(directory: Path, result: Result) -> list[Block]:
     there = directory / "segmentations.png"
     fresh = there.exists() and there.stat().st_mtime >= (directory / "result.json").stat().st_mtime
-    drawn = there if fresh else figures.segmentations_figure(directory, result)
     return [
-        Picture(
-            drawn,
+        Photo(
+            figures.photo(there if fresh else figures.segmentations_figure(directory, result)),
             "Test cases: the reference, and what networks make of the image. Simulated or public data only.",
             "Sections of test cases with outlines of the structures.",
-            photo=True,
         )
     ]
 
@@ -282,10 +291,12 @@ def _told(directory: Path, run: RunSummary, stories: Sequence[RoundStory]) -> li
         for story in stories
     ]
     drawn = figures.run_figure(directory, run.run)
-    picture = Picture(
-        drawn, "Mean Dice on the hospitals' validation cases.", "Curve of mean validation Dice over the rounds."
+    chart = Charts(
+        [drawing_of(drawn)],
+        "Mean Dice on the hospitals' validation cases.",
+        ["Curve of mean validation Dice over the rounds."],
     )
-    return [picture, Table("Round by round", head, table)] if table else [Paragraph("No round is finished yet.")]
+    return [chart, Table("Round by round", head, table)] if table else [Paragraph("No round is finished yet.")]
 
 
 def _answers(directory: Path, run: RunSummary) -> list[Block]:
@@ -328,6 +339,12 @@ def _number(value: float | None, factor: float = 1.0, digits: int = 3) -> str:
 
 def _interval(found: Any) -> str:
     return "" if found is None else f"{found.points:+.1f} [{found.low:+.1f}, {found.high:+.1f}]"
+
+
+def _without_empty(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> Table:
+    """A table without the columns in which nothing stands."""
+    kept = [n for n in range(len(head)) if n < words or any(row[n] for row in rows)]
+    return Table(caption, [head[n] for n in kept], [[row[n] for n in kept] for row in rows], words)
 
 
 def _words(hospital: dict[str, Any], kinds: Sequence[str]) -> list[str]:

@@ -2,9 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from matplotlib.figure import Figure
+from fedseg.report.drawing import Drawing
 
 
 @dataclass(frozen=True)
@@ -39,15 +38,24 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A figure, and in words what it shows."""
+class Charts:
+    """One chart, or several small ones side by side, and in words what they show."""
 
-    figure: Figure | Path
-    """Or a PNG file that shows it."""
+    drawings: Sequence[Drawing]
+    caption: str
+    alts: Sequence[str]
+    """For those who cannot see: one for each drawing."""
+    legend: Sequence[tuple[str, str]] = ()
+    """Colours and what they stand for, where the drawings do not say so themselves."""
+
+
+@dataclass(frozen=True)
+class Photo:
+    """Pixels that no drawing could replace, as JPEG."""
+
+    jpeg: bytes
     caption: str
     alt: str
-    photo: bool = False
-    """Whether it holds pixels that no drawing could replace."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,7 @@ class Code:
     text: str
 
 
-Block = Paragraph | Bullets | Facts | Table | Picture | Code
+Block = Paragraph | Bullets | Facts | Table | Charts | Photo | Code
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Pictures of a finished simulation: learning curves, sites side by side, and segmentations beside their reference."""
 
+import io
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from PIL import Image
 
 from fedseg.federated.store import RunStore
 from fedseg.report.tables import Result, load_result
@@ -21,6 +23,7 @@ COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#f
 POOLED, LOCAL = "#333333", "#999999"
 STRUCTURES = ("#ff5d5d", "#51d88a", "#5fa8ff", "#ffd54a", "#d88cff", "#4de0e0", "#ff9be0", "#b5e655")
 OVERLAY_ROWS = 5
+DPI = 130
 
 
 def draw_figures(output: Path, progress: Callable[[int, int], None] = lambda _done, _total: None) -> list[Path]:
@@ -67,7 +70,7 @@ def curves_figure(output: Path, result: Result) -> Figure:
         xlabel="round", ylabel="mean Dice on the sites' validation cases", title=f"{result['name']}: learning curves"
     )
     axis.set_ylim(0, 1)
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    _count_rounds(axis)
     axis.legend(frameon=False, loc="lower right")
     return figure
 
@@ -83,8 +86,16 @@ def run_figure(output: Path, run: str) -> Figure:
         )
     axis.set(xlabel="round", ylabel="mean Dice on the sites' validation cases")
     axis.set_ylim(0, 1)
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    _count_rounds(axis)
     return figure
+
+
+def _count_rounds(axis: Any) -> None:
+    """Whole rounds below an axis, however few there are."""
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    low, high = axis.get_xlim()
+    if high - low < 1:
+        axis.set_xlim(math.floor(low), math.ceil(high))
 
 
 def _dice_by_round(output: Path, runs: Sequence[str]) -> tuple[list[int], list[list[float]]]:
@@ -113,7 +124,8 @@ def sites_figure(result: Result) -> Figure:
         dice = [(final["sites"] | final.get("unseen", {})).get(site, math.nan) for site in sites]
         at = places + (number - (len(colours) - 1) / 2) * width
         bars = axis.bar(at, dice, width * 0.92, color=colour, label=method)
-        axis.bar_label(bars, ["" if math.isnan(value) else f"{value:.2f}" for value in dice], fontsize=6, padding=1)
+        if len(colours) <= 4:  # else the numbers would cover each other
+            axis.bar_label(bars, ["" if math.isnan(value) else f"{value:.2f}" for value in dice], fontsize=6, padding=1)
     labels = []
     for site in sites:
         size = "unseen" if site in unseen else f"{result['sites'][site]['training_cases']} cases"
@@ -125,7 +137,7 @@ def sites_figure(result: Result) -> Figure:
     axis.set_ylim(0, 1.12)
     axis.set_yticks(np.linspace(0, 1, 6))
     axis.set(ylabel="mean Dice", title=f"{result['name']}: who gains (scored on {result['test']})")
-    axis.legend(frameon=False, ncols=len(colours), loc="upper center", fontsize=8)
+    axis.legend(frameon=False, ncols=6, loc="upper center", fontsize=8, handlelength=1.2, columnspacing=1.2)
     return figure
 
 
@@ -159,6 +171,16 @@ def segmentations_figure(output: Path, result: Result) -> Figure:
             colour = STRUCTURES[(int(value) - 1) % len(STRUCTURES)]
             axis.contour(panel.label[::-1, ::-1] == value, levels=[0.5], colors=[colour], linewidths=1.3)
     return figure
+
+
+def photo(picture: Figure | Path) -> bytes:
+    """A figure of pixels, or a PNG file, as JPEG."""
+    data = io.BytesIO()
+    if isinstance(picture, Path):
+        Image.open(picture).convert("RGB").save(data, "JPEG", quality=88)
+    else:
+        picture.savefig(data, format="jpeg", dpi=DPI, pil_kwargs={"quality": 88})
+    return data.getvalue()
 
 
 def _choose(rows: Sequence[CaseRow], *, same_case: bool) -> list[tuple[str, str]]:
@@ -231,6 +253,6 @@ def _figure(width: float, height: float) -> tuple[Figure, Any]:
 
 def _save(figure: Figure, path: Path) -> Path:
     aside = path.with_name(f".{os.getpid()}-{path.name}")
-    figure.savefig(aside, dpi=130, format="png")
+    figure.savefig(aside, dpi=DPI, format="png")
     aside.replace(path)
     return path

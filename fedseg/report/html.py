@@ -3,17 +3,10 @@
 import base64
 import hashlib
 import html
-import io
-import re
 from importlib.resources import files
-from pathlib import Path
 
-import matplotlib
-from PIL import Image
-
-from fedseg.report.document import Block, Bullets, Code, Facts, Paragraph, Picture, Report, Section, Table
-
-DPI = 110
+from fedseg.report.document import Block, Bullets, Charts, Code, Facts, Paragraph, Photo, Report, Section, Table
+from fedseg.report.svg import swatch, to_svg
 
 
 def to_html(report: Report) -> str:
@@ -54,8 +47,11 @@ def _block(block: Block) -> str:
             return f'<pre tabindex="0"><code>{_text(text)}</code></pre>'
         case Table():
             return _table(block)
-        case Picture():
-            return _picture(block)
+        case Charts():
+            return _charts(block)
+        case Photo(jpeg, caption, alt):
+            source = f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
+            return f'<figure><img src="{source}" alt="{_text(alt)}"><figcaption>{_text(caption)}</figcaption></figure>'
 
 
 def _table(table: Table) -> str:
@@ -69,28 +65,21 @@ def _table(table: Table) -> str:
         rows.append(f'<tr><th scope="row">{_text(row[0])}</th>{cells}</tr>')
     name = _text(table.caption)
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{name}"><table><caption>{name}'
-        f"</caption><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        f'<p class="caption">{name}</p><div class="scroll" tabindex="0" role="region" aria-label="{name}"><table>'
+        f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
 
 
-def _picture(picture: Picture) -> str:
-    data = io.BytesIO()
-    if isinstance(picture.figure, Path):
-        Image.open(picture.figure).convert("RGB").save(data, "JPEG", quality=88)
-        kind = "image/jpeg"
-    elif picture.photo:
-        picture.figure.savefig(data, format="jpeg", dpi=DPI, pil_kwargs={"quality": 88})
-        kind = "image/jpeg"
+def _charts(charts: Charts) -> str:
+    drawn = [to_svg(drawing, alt) for drawing, alt in zip(charts.drawings, charts.alts, strict=True)]
+    caption = _text(charts.caption)
+    if len(drawn) == 1:
+        body = f'<div class="scroll" tabindex="0" role="region" aria-label="{caption}">{drawn[0]}</div>'
     else:
-        # names of parts that are the same in every build, so that the same results give the same file
-        with matplotlib.rc_context({"svg.hashsalt": "fedseg"}):
-            picture.figure.savefig(data, format="svg", metadata={"Date": None})
-        kind = "image/svg+xml"
-    content = re.sub(rb"<metadata>.*?</metadata>", b"", data.getvalue(), flags=re.DOTALL)
-    source = f"data:{kind};base64,{base64.b64encode(content).decode()}"
-    dark, alt = ' class="photo"' if picture.photo else "", _text(picture.alt)
-    return f'<figure{dark}><img src="{source}" alt="{alt}"><figcaption>{_text(picture.caption)}</figcaption></figure>'
+        body = f'<div class="panels">{"".join(drawn)}</div>'
+    names = "".join(f"<li>{swatch(colour)} {_text(name)}</li>" for colour, name in charts.legend)
+    legend = f'<ul class="legend">{names}</ul>' if names else ""
+    return f"<figure>{legend}{body}<figcaption>{caption}</figcaption></figure>"
 
 
 def _text(text: str) -> str:

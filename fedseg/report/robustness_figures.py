@@ -5,15 +5,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from fedseg.report.figures import COLOURS, LOCAL, POOLED, _save
 
 Document = dict[str, Any]
 Estimate = dict[str, Any]
 
+VIRIDIS = matplotlib.colormaps["viridis"]
 COLUMNS = 5
 """Small multiples in a row."""
 
@@ -34,22 +37,23 @@ def cross_site_figure(document: Document) -> Figure:
     cells, hospitals = document["cross_site"]["dice"], document["hospitals"]
     names = list(hospitals)
     dice = np.array([[_value(row.get(name)) for name in names] for row in cells.values()])
-    figure, axis = _figure(1.9 + 0.95 * len(names) + 1.2, 1.5 + 0.42 * len(cells))
+    figure, axis = _figure(1.9 + 0.95 * len(names), 1.1 + 0.3 * len(cells))
     low, high = _nice_range(dice)
-    picture = axis.imshow(dice, cmap="viridis", vmin=low, vmax=high, aspect="auto")
+    colours = VIRIDIS((dice - low) / (high - low))
     for (row, column), value in np.ndenumerate(dice):
         if math.isfinite(value):
-            dark = value < low + 0.6 * (high - low)
-            axis.text(
-                column, row, f"{value:.2f}", ha="center", va="center", color="white" if dark else "black", fontsize=8
-            )
+            ground = colours[row, column]
+            axis.add_patch(Rectangle((column - 0.48, row - 0.46), 0.96, 0.92, color=ground, linewidth=0))
+            axis.text(column, row, f"{value:.2f}", ha="center", va="center", color=_legible_on(ground), fontsize=8)
+    axis.set(xlim=(-0.5, len(names) - 0.5), ylim=(len(cells) - 0.5, -0.5))
+    axis.spines[:].set_visible(False)
+    axis.tick_params(length=0)
     axis.set_xticks(range(len(names)), [_titled(name, hospitals[name]) for name in names], fontsize=8)
     axis.set_yticks(range(len(cells)), list(cells), fontsize=8)
     unseen = [number for number, name in enumerate(names) if not hospitals[name]["takes_part"]]
     if unseen:
-        axis.axvline(unseen[0] - 0.5, color="white", linewidth=3)
+        axis.axvline(unseen[0] - 0.5, color=LOCAL, linewidth=1, linestyle=":")
     axis.set(title=f"{document['name']}: Dice of networks (rows) at hospitals")
-    figure.colorbar(picture, ax=axis, label="mean Dice", shrink=0.9)
     return figure
 
 
@@ -80,7 +84,7 @@ def severity_figure(document: Document) -> Figure:
     effects, rows = grid["effects"], _coloured(list(grid["rows"]))
     columns = min(COLUMNS, len(effects))
     lines = math.ceil(len(effects) / columns)
-    figure = Figure(figsize=(max(4.5, 2.25 * columns), 1.9 * lines + 0.9), layout="constrained")
+    figure = Figure(figsize=(max(4.5, 2.25 * columns), 1.9 * lines + 1.0), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
     at = [0, *grid["severities"]]
@@ -102,10 +106,14 @@ def severity_figure(document: Document) -> Figure:
     for axis in axes.flat[len(effects) :]:
         axis.set_visible(False)
     figure.suptitle(f"{document['name']}: Dice over severity of simulated shifts", fontsize=11)
-    figure.supxlabel("severity (0: clean)", fontsize=9)
     figure.supylabel("mean Dice", fontsize=9)
+    for axis in axes[-1]:
+        axis.set_xlabel("severity (0: clean)", fontsize=7.5)
     handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower right", ncols=len(rows), frameon=False, fontsize=8)
+    side_by_side = max(1, int(figure.get_figwidth() / (0.5 + 0.07 * max(map(len, rows)))))
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=min(len(rows), side_by_side), frameon=False, fontsize=8
+    )
     return figure
 
 
@@ -134,6 +142,13 @@ def reliability_figure(document: Document) -> Figure:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
     return figure
+
+
+def _legible_on(ground: Any) -> str:
+    """White or black, whichever stands out more (by WCAG's contrast); neither is the page's ground or ink."""
+    linear = [one / 12.92 if one <= 0.04045 else ((one + 0.055) / 1.055) ** 2.4 for one in ground[:3]]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return "#fefefe" if 1.05 / (luminance + 0.05) > (luminance + 0.05) / 0.05 else "#010101"
 
 
 def _compared(document: Document) -> dict[str, str]:
