@@ -20,7 +20,7 @@ from fedseg.errors import ConfigError, QuorumError
 from fedseg.federated.local import Ask
 from fedseg.federated.machines import MachinePlan
 from fedseg.federated.messages import RoundInstructions, SiteUpdate
-from fedseg.federated.site import OpenSites
+from fedseg.federated.sites import OpenSites
 from fedseg.flower import FlowerFleet, reply_to
 from fedseg.site.config import SiteConfig
 from fedseg.site.connect import Refusal

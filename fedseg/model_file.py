@@ -22,8 +22,8 @@ from fedseg.federated.checkpoint import write_durably
 from fedseg.federated.ditto import personal_tensors
 from fedseg.federated.exchange import put_weights
 from fedseg.federated.fingerprint import UNKNOWN, Fingerprint
+from fedseg.federated.networks import new_model, private_of
 from fedseg.federated.private import PrivateTensors
-from fedseg.federated.site import new_model, private_of
 from fedseg.federated.weights import Weights
 
 

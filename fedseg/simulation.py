@@ -21,10 +21,12 @@ from fedseg.federated.ditto import personal_tensors
 from fedseg.federated.driver import Event, Fleet, run_federation
 from fedseg.federated.local import InProcessFleet, WorkerFleet, worker_pool
 from fedseg.federated.machines import MachinePlan
+from fedseg.federated.networks import private_of, start_state
 from fedseg.federated.personal import Personal, personalise
 from fedseg.federated.private import PrivateTensors
 from fedseg.federated.rounds import ServerState
-from fedseg.federated.site import OpenSites, PooledSite, Site, answer_safely, private_of, start_state
+from fedseg.federated.site import Site
+from fedseg.federated.sites import OpenSites, PooledSite, answer_safely
 from fedseg.federated.store import RunStore
 from fedseg.model_file import model_path, read_model_file, save_model_file, site_model_path
 from fedseg.scenario import Layout, Scenario, lay_out, personal

@@ -21,7 +21,7 @@ from fedseg.config import Experiment, load_experiment
 from fedseg.coordinator.between import logged
 from fedseg.federated.driver import run_federation
 from fedseg.federated.narrate import narrate
-from fedseg.federated.site import start_state
+from fedseg.federated.networks import start_state
 from fedseg.federated.store import RunStore
 from fedseg.flower import FlowerFleet
 from fedseg.members import read_who

@@ -20,7 +20,7 @@ from fedseg.cli.personalise import personalise
 from fedseg.data.volume import read_image, read_label
 from fedseg.errors import ConfigError, FedsegError, ModelError, StoreError
 from fedseg.federated.exchange import take_weights
-from fedseg.federated.site import private_of
+from fedseg.federated.networks import private_of
 from fedseg.federated.store import RunStore
 from fedseg.model_file import load_model_file, read_model_file
 from fedseg.report.figures import draw_figures

@@ -10,7 +10,7 @@ from torch import nn
 from fedseg.config import TrainingConfig, parse_experiment
 from fedseg.data.patches import PatchSampler
 from fedseg.errors import ConfigError
-from fedseg.federated.site import new_model
+from fedseg.federated.networks import new_model
 from fedseg.inference import predict_logits
 from fedseg.slicing import Slicing
 from tests.data.test_patches import case

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from fedseg.config import Experiment, parse_experiment  # noqa: E402
-from fedseg.federated.site import start_state  # noqa: E402
+from fedseg.federated.networks import start_state  # noqa: E402
 from fedseg.federated.weights import num_bytes  # noqa: E402
 from tests.integration.study import PYTHON, Study, command_of  # noqa: E402
 

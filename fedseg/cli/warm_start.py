@@ -43,7 +43,7 @@ def show_warm_start(experiment: "Experiment", console: "Console", *, details: bo
         console: where to print.
         details: list names too.
     """
-    from fedseg.federated.site import new_model, warm_start
+    from fedseg.federated.networks import new_model, warm_start
 
     report = warm_start(new_model(experiment), experiment)
     if report is None:

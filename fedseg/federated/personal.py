@@ -18,8 +18,9 @@ from fedseg.device import pick_device, seed_everything
 from fedseg.errors import TrainingDiverged
 from fedseg.evaluation import evaluate
 from fedseg.federated.exchange import put_weights, take_weights
+from fedseg.federated.networks import new_model
 from fedseg.federated.rounds import derive_seed
-from fedseg.federated.site import Site, new_model
+from fedseg.federated.site import Site
 from fedseg.federated.weights import Weights
 from fedseg.model_file import ModelFile
 from fedseg.training import train_locally

@@ -4,8 +4,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 
@@ -13,8 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedseg import logs
-from fedseg.config import Experiment, parse_experiment
+from fedseg.config import Experiment
 from fedseg.data.augment import mirror_pairs
 from fedseg.data.cohort import Cohort, read_cohort, split_by_person
 from fedseg.data.features import describe
@@ -23,21 +21,19 @@ from fedseg.data.preprocess import PreparedCase, PreparedCohort, prepare_cohort,
 from fedseg.data.shift.profiles import Shift
 from fedseg.device import pick_device, seed_everything
 from fedseg.drift import SiteDrift, site_drift
-from fedseg.errors import ConfigError, ModelError, SiteAbstained, SiteLate, TrainingDiverged
+from fedseg.errors import ModelError, SiteLate, TrainingDiverged
 from fedseg.evaluation import evaluate
 from fedseg.federated.controls import SiteControls
 from fedseg.federated.ditto import personal_tensors, train_personal
-from fedseg.federated.exchange import anchor_of, buffer_names, check_weights, private_names, put_weights, take_weights
-from fedseg.federated.fingerprint import UNKNOWN, CaseFeatures, Fingerprint, Signs, fingerprint_of, joined, polarity
+from fedseg.federated.exchange import anchor_of, check_weights, put_weights, take_weights
+from fedseg.federated.fingerprint import UNKNOWN, CaseFeatures, Fingerprint, Signs, fingerprint_of, polarity
 from fedseg.federated.machines import MachinePlan
-from fedseg.federated.messages import Answer, RoundInstructions, SiteFailure, SiteUpdate
+from fedseg.federated.messages import RoundInstructions, SiteUpdate
+from fedseg.federated.networks import outline, parsed, private_in, warm_model
 from fedseg.federated.privacy import protect
 from fedseg.federated.private import PrivateTensors
-from fedseg.federated.rounds import ServerState, derive_seed, initial_state
+from fedseg.federated.rounds import derive_seed
 from fedseg.federated.weights import Weights, norm, subtract
-from fedseg.models import build_model
-from fedseg.models.pretrained import WarmStart, load_pretrained
-from fedseg.models.registry import ARCHITECTURES
 from fedseg.site.config import SiteConfig
 from fedseg.training import TrainingReport, train_locally
 
@@ -107,7 +103,7 @@ class Site:
             SiteLate: a simulated machine misses the virtual deadline.
             StoreError: the site's private tensors are damaged.
         """
-        experiment = _parsed(instructions.experiment)
+        experiment = parsed(instructions.experiment)
         if not instructions.train and not instructions.evaluate:
             return self._fingerprint_alone(experiment, instructions.server_round)
         check_weights(outline(instructions.experiment), instructions.weights)  # before memory is taken for them
@@ -322,181 +318,6 @@ class Site:
             self.watch("training", done, total)
             yield batch
         self.watch("training", total, total)
-
-
-class PooledSite(Site):
-    """All sites' cases in one place, each in the part (training, validation) that it has at its own site.
-
-    An epoch has as many steps as all sites' epochs together. The yardstick that hospitals cannot have; only a
-    simulation can make it.
-    """
-
-    NAME = "pooled"
-
-    def __init__(self, sites: Sequence[Site]) -> None:
-        super().__init__(sites[0].config.model_copy(update={"name": self.NAME}))
-        self._sites = tuple(sites)
-        self.parts = len(sites)
-
-    def prepare(
-        self, experiment: Experiment, fingerprint: Fingerprint = UNKNOWN, *, progress: bool = False
-    ) -> SiteData:
-        """Join what the sites prepare; each decides for its own images whether to negate them."""
-        parts = [site.prepare(experiment, fingerprint, progress=progress) for site in self._sites]
-        return SiteData(
-            self._join([part.training for part in parts]),
-            self._join([part.validation for part in parts]),
-            sum(part.num_listed for part in parts),
-        )
-
-    def fingerprint(self, experiment: Experiment) -> Fingerprint:
-        """That of the sites together, as the server would join it."""
-        parts = {site.config.name: site.fingerprint(experiment) for site in self._sites}
-        return joined(parts, aligned=experiment.data.polarity == "aligned")
-
-    def _join(self, cohorts: Sequence[PreparedCohort]) -> PreparedCohort:
-        """Names get their site's in front: two sites may use the same ones."""
-        cases: list[PreparedCase] = []
-        quarantined: dict[str, str] = {}
-        for site, cohort in zip(self._sites, cohorts, strict=True):
-            cases += [replace(case, name=f"{site.config.name}/{case.name}") for case in cohort.cases]
-            quarantined |= {f"{site.config.name}/{case}": reason for case, reason in cohort.quarantined.items()}
-        return PreparedCohort(tuple(cases), quarantined)
-
-
-def answer_safely(site: AnswerRound, name: str, instructions: RoundInstructions) -> Answer:
-    """Ask a site; any error becomes a failure that names the error's class and nothing else.
-
-    This is the one broad `except`: an error's text may hold a patient's file name, so it stays in the local log.
-    """
-    with logs.about(site=name, round=instructions.server_round):
-        try:
-            return site(instructions)
-        except SiteAbstained as abstention:
-            log.warning("site %s abstains from round %d: %s", name, instructions.server_round, abstention)
-            return SiteFailure(name, instructions.server_round, "abstained", abstention.reason)
-        except SiteLate as late:
-            log.info("%s", late)
-            return SiteFailure(name, instructions.server_round, "late", "deadline")
-        except Exception as error:
-            log.exception("site %s failed in round %d", name, instructions.server_round)
-            return SiteFailure(name, instructions.server_round, "failed", type(error).__name__)
-
-
-@dataclass(frozen=True)
-class OpenSites:
-    """Opens sites when they are first asked; picklable, so that worker processes can do it.
-
-    Args:
-        configs: the sites.
-        machines: of simulated hospitals; the others are there, always and at once.
-    """
-
-    configs: tuple[SiteConfig, ...]
-    machines: tuple[MachinePlan, ...] = ()
-
-    def __call__(self) -> Callable[[str, RoundInstructions], Answer]:
-        """A function that asks a site by name."""
-        configs = {config.name: config for config in self.configs}
-        machines = {machine.site: machine for machine in self.machines}
-        opened: dict[str, Site] = {}
-
-        def ask(name: str, instructions: RoundInstructions) -> Answer:
-            machine = machines.get(name)
-            if machine is not None and instructions.train:
-                absence = machine.absence(instructions.server_round)
-                if absence is not None:
-                    return absence
-            if name not in opened:
-                opened[name] = Site(configs[name], seeded_noise=True, machine=machine)
-            return answer_safely(opened[name], name, instructions)
-
-        return ask
-
-
-def start_state(experiment: Experiment) -> ServerState:
-    """The state before round 1: a network freshly initialised from the experiment's seed, and what a warm start gives it.
-
-    Raises:
-        ModelError: the file of pretrained weights cannot be read, or nothing in it fits.
-        ConfigError: `federation.exchange` wants tensors to stay at the sites, and there are none of that kind.
-    """
-    seed_everything(experiment.seed)
-    model = new_model(experiment)
-    warm_start(model, experiment)
-    return initial_state(experiment, take_weights(model), buffer_names(model), private_in(model, experiment))
-
-
-def private_in(model: nn.Module, experiment: Experiment) -> frozenset[str]:
-    """Names of the experiment's network's weights that stay at each site.
-
-    Raises:
-        ConfigError: the experiment wants some to stay, and there are none of that kind.
-    """
-    name, exchange = experiment.model.name, experiment.federation.exchange
-    names = private_names(model, exchange, ARCHITECTURES[name].encoder)
-    if exchange != "all" and not names:
-        raise ConfigError(
-            f"federation.exchange = {exchange!r}: no tensor of {name} would stay at a site, its norm layers have none; "
-            'use another model.options.norm, such as "batch", or federation.exchange = "all"'
-        )
-    return names
-
-
-def private_of(experiment: Experiment) -> frozenset[str]:
-    """The same without a network at hand, and without memory for one.
-
-    Raises:
-        ConfigError: the experiment wants some to stay, and there are none of that kind.
-    """
-    if experiment.federation.exchange == "all":
-        return frozenset()
-    with torch.device("meta"):
-        return private_in(new_model(experiment), experiment)
-
-
-def new_model(experiment: Experiment) -> nn.Module:
-    """The experiment's network."""
-    return build_model(
-        experiment.model.name,
-        preset=experiment.model.preset,
-        in_channels=experiment.in_channels,
-        num_labels=experiment.task.num_labels,
-        patch_size=experiment.training.patch_size,
-        deep_supervision=experiment.training.deep_supervision,
-        **experiment.network_options,
-    )
-
-
-def warm_start(model: nn.Module, experiment: Experiment) -> WarmStart | None:
-    """Load the experiment's pretrained weights into its network; None if it has none."""
-    wanted = experiment.model
-    if wanted.pretrained is None:
-        return None
-    report = load_pretrained(model, wanted.name, Path(wanted.pretrained), wanted.pretrained_part)
-    log.info("warm start from %s", report)
-    return report
-
-
-@lru_cache(maxsize=2)
-def outline(document: str) -> nn.Module:
-    """The network of an experiment without memory for its weights: what the received ones are compared with.
-
-    An experiment that asks for a network of a hundred gigabytes is so refused unless as many came with it.
-    """
-    with torch.device("meta"):
-        return new_model(_parsed(document))
-
-
-@lru_cache(maxsize=2)
-def warm_model(document: str, device: torch.device) -> nn.Module:
-    """A network that stays on its device; every site in this process loads its weights into the same one."""
-    return new_model(_parsed(document)).to(device)
-
-
-@lru_cache(maxsize=4)
-def _parsed(document: str) -> Experiment:
-    return parse_experiment(document)
 
 
 def _finite(tensors: Weights) -> Weights:

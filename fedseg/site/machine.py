@@ -102,7 +102,7 @@ def weights_bytes(experiment: Experiment) -> int:
     """Size of the network's weights."""
     import torch
 
-    from fedseg.federated.site import new_model
+    from fedseg.federated.networks import new_model
 
     with torch.device("meta"):
         return sum(tensor.numel() * tensor.element_size() for tensor in new_model(experiment).state_dict().values())

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from fedseg.config import Experiment, TaskConfig
 from fedseg.federated.messages import RoundInstructions, SiteFailure
-from fedseg.federated.site import start_state
+from fedseg.federated.networks import start_state
 from fedseg.site.config import SiteConfig
 from fedseg.site.desk import Desk
 from fedseg.site.finding import Finding, Known, need, not_ready, ok

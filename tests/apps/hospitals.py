@@ -12,8 +12,9 @@ from fedseg.config import Experiment, parse_experiment
 from fedseg.data.phantom import PhantomConfig, write_phantoms
 from fedseg.federated.driver import run_federation
 from fedseg.federated.local import InProcessFleet
+from fedseg.federated.networks import start_state
 from fedseg.federated.rounds import ServerState
-from fedseg.federated.site import OpenSites, start_state
+from fedseg.federated.sites import OpenSites
 from fedseg.federated.store import RunStore
 from fedseg.site.config import SiteConfig, load_site
 from fedseg.site.policy import Policy

@@ -11,7 +11,7 @@ import torch
 from fedseg.engines import ray_fleet
 from fedseg.errors import ConfigError, QuorumError
 from fedseg.federated.driver import run_federation
-from fedseg.federated.site import start_state
+from fedseg.federated.networks import start_state
 from fedseg.federated.store import RunStore
 from fedseg.federated.weights import digest
 from fedseg.flower import FlowerFleet

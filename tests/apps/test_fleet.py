@@ -16,7 +16,7 @@ from fedseg import __version__, flower
 from fedseg.errors import QuorumError
 from fedseg.federated.driver import run_federation
 from fedseg.federated.messages import Answer, RoundInstructions, SiteFailure, SiteUpdate
-from fedseg.federated.site import start_state
+from fedseg.federated.networks import start_state
 from fedseg.federated.store import RunStore
 from fedseg.federated.weights import digest
 from fedseg.flower import FlowerFleet, reply_to

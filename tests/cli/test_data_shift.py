@@ -12,7 +12,7 @@ from fedseg.cli import app
 from fedseg.config import parse_experiment
 from fedseg.data.shift.catalogue import EFFECTS, HABITS
 from fedseg.errors import ConfigError, DataError
-from fedseg.federated.site import start_state
+from fedseg.federated.networks import start_state
 from fedseg.model_file import save_model_file
 from tests.data.niftis import decathlon
 

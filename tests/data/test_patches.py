@@ -12,6 +12,7 @@ from fedseg.data.preprocess import PreparedCase, PreparedGeometry
 from fedseg.data.volume import Geometry
 from fedseg.federated import site as site_module
 from fedseg.federated.messages import RoundInstructions
+from fedseg.federated.networks import start_state
 from fedseg.site.config import SiteConfig
 from tests.data.niftis import decathlon
 
@@ -186,7 +187,7 @@ def test_a_site_names_left_and_right_for_its_patches(tmp_path, monkeypatch):
     site = site_module.Site(
         SiteConfig(name="A", data=str(tmp_path / "data"), cache=str(tmp_path / "cache"), device="cpu")
     )
-    weights = site_module.start_state(experiment).weights
+    weights = start_state(experiment).weights
     site(RoundInstructions(1, weights, experiment.to_json(), evaluate=False))
     # The files know a left ear only; in a flipped patch it must have become a right one.
     values = {int(value) for batch in given[0].epoch(0) for value in batch.label.unique()}

@@ -18,8 +18,10 @@ from fedseg.federated.ditto import personal_tensors
 from fedseg.federated.exchange import put_weights, take_weights
 from fedseg.federated.local import WorkerFleet
 from fedseg.federated.messages import RoundInstructions
+from fedseg.federated.networks import new_model, start_state
 from fedseg.federated.rounds import derive_seed
-from fedseg.federated.site import OpenSites, Site, new_model, start_state
+from fedseg.federated.site import Site
+from fedseg.federated.sites import OpenSites
 from fedseg.model_file import read_model_file, save_model_file, save_personal_model
 from fedseg.training import train_locally
 from tests.federated.test_steps import NAMES, ROUNDS, folder, hospitals, run, tiny  # noqa: F401 - a fixture

@@ -14,8 +14,8 @@ from fedseg.federated.driver import run_federation
 from fedseg.federated.exchange import buffer_names, private_names, put_weights, take_weights
 from fedseg.federated.local import InProcessFleet
 from fedseg.federated.messages import SiteUpdate
+from fedseg.federated.networks import new_model, private_of, start_state
 from fedseg.federated.rounds import instructions_for
-from fedseg.federated.site import new_model, private_of, start_state
 from fedseg.federated.store import RunStore
 from fedseg.layers.norm import ChannelNorm, InstanceNorm, make_norm
 from fedseg.model_file import load_model_file, read_model_file, save_model_file

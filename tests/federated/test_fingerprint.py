@@ -25,8 +25,10 @@ from fedseg.federated.fingerprint import (
 )
 from fedseg.federated.local import InProcessFleet
 from fedseg.federated.messages import RoundInstructions, SiteUpdate
+from fedseg.federated.networks import start_state
 from fedseg.federated.screening import screen_fingerprint
-from fedseg.federated.site import OpenSites, PooledSite, Site, start_state
+from fedseg.federated.site import Site
+from fedseg.federated.sites import OpenSites, PooledSite
 from fedseg.federated.store import RunStore
 from fedseg.model_file import load_model, save_model_file
 from fedseg.site.config import SiteConfig

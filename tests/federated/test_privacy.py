@@ -13,8 +13,10 @@ from fedseg.errors import ConfigError
 from fedseg.federated.driver import run_federation
 from fedseg.federated.local import InProcessFleet
 from fedseg.federated.messages import RoundInstructions
+from fedseg.federated.networks import start_state
 from fedseg.federated.privacy import protect
-from fedseg.federated.site import OpenSites, Site, start_state
+from fedseg.federated.site import Site
+from fedseg.federated.sites import OpenSites
 from fedseg.federated.store import RunStore
 from fedseg.federated.weights import Weights, norm
 from fedseg.site.config import SiteConfig

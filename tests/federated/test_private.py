@@ -20,8 +20,10 @@ from fedseg.federated.driver import run_federation
 from fedseg.federated.exchange import anchor_of, put_weights, take_weights
 from fedseg.federated.local import InProcessFleet, WorkerFleet
 from fedseg.federated.messages import RoundInstructions, SiteFailure
+from fedseg.federated.networks import new_model, start_state
 from fedseg.federated.private import FILES_KEPT, PrivateTensors
-from fedseg.federated.site import OpenSites, Site, new_model, start_state
+from fedseg.federated.site import Site
+from fedseg.federated.sites import OpenSites
 from fedseg.federated.store import RunStore
 from fedseg.federated.weights import digest, subtract
 from fedseg.model_file import load_model_file, read_model_file, save_model_file, save_site_model

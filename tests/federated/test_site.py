@@ -20,8 +20,10 @@ from fedseg.federated.driver import run_federation
 from fedseg.federated.exchange import anchor_of, buffer_names, put_weights, take_weights
 from fedseg.federated.local import InProcessFleet, WorkerFleet
 from fedseg.federated.messages import RoundInstructions, SiteFailure, SiteUpdate
+from fedseg.federated.networks import new_model, start_state
 from fedseg.federated.rounds import derive_seed
-from fedseg.federated.site import EXPERIMENTS_OPEN, OpenSites, Site, answer_safely, new_model, start_state
+from fedseg.federated.site import EXPERIMENTS_OPEN, Site
+from fedseg.federated.sites import OpenSites, answer_safely
 from fedseg.federated.store import RunStore
 from fedseg.federated.weights import digest, subtract
 from fedseg.site.config import SiteConfig

@@ -18,7 +18,9 @@ from fedseg.federated.driver import run_federation
 from fedseg.federated.exchange import put_weights, take_weights
 from fedseg.federated.local import InProcessFleet, WorkerFleet
 from fedseg.federated.messages import RoundInstructions
-from fedseg.federated.site import OpenSites, Site, new_model, start_state
+from fedseg.federated.networks import new_model, start_state
+from fedseg.federated.site import Site
+from fedseg.federated.sites import OpenSites
 from fedseg.federated.steps import Controls, NormalisedMean, amount, mean_gradient, reported_steps
 from fedseg.federated.store import RunStore
 from fedseg.federated.weights import subtract

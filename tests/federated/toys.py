@@ -18,7 +18,7 @@ from fedseg.federated.store import RunStore
 from fedseg.federated.weights import Weights
 
 SITES = ("A", "B", "C")
-PRELOAD = ("tests.federated.toys", "fedseg.federated.site", "monai.losses")
+PRELOAD = ("tests.federated.toys", "fedseg.federated.sites", "monai.losses")
 """What all processes of these tests share from the start: there is one fork server per test session."""
 
 

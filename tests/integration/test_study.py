@@ -25,7 +25,8 @@ from fedseg.config import load_experiment
 from fedseg.coordinator.superlink import Control
 from fedseg.federated.driver import Event, run_federation
 from fedseg.federated.local import InProcessFleet
-from fedseg.federated.site import OpenSites, start_state
+from fedseg.federated.networks import start_state
+from fedseg.federated.sites import OpenSites
 from fedseg.federated.store import RunStore
 from fedseg.kit import load_kit
 from fedseg.site.config import load_site

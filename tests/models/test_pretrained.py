@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from fedseg.config import load_experiment, parse_experiment
 from fedseg.errors import ModelError
 from fedseg.federated.exchange import take_weights
-from fedseg.federated.site import new_model, start_state
+from fedseg.federated.networks import new_model, start_state
 from fedseg.model_file import save_model_file
 from fedseg.models import build_model
 from fedseg.models.pretrained import load_pretrained

@@ -5,7 +5,8 @@ import json
 
 from fedseg.data.phantom import PhantomConfig, write_phantoms
 from fedseg.federated.messages import RoundInstructions, SiteUpdate
-from fedseg.federated.site import Site, start_state
+from fedseg.federated.networks import start_state
+from fedseg.federated.site import Site
 from fedseg.site.audit import entries
 from fedseg.site.config import load_site
 from tests.apps.hospitals import short_socket, tiny_experiment

@@ -8,8 +8,9 @@ from typer.testing import CliRunner
 from fedseg.cli import app
 from fedseg.data.phantom import PhantomConfig, ScannerConfig, write_phantoms
 from fedseg.federated.messages import RoundInstructions
+from fedseg.federated.networks import start_state
 from fedseg.federated.rounds import fingerprint_instructions
-from fedseg.federated.site import Site, start_state
+from fedseg.federated.site import Site
 from fedseg.model_file import save_model_file
 from fedseg.site.audit import last_drift
 from fedseg.site.desk import Desk

@@ -6,7 +6,8 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedseg import __version__
-from fedseg.federated.site import Site, answer_safely
+from fedseg.federated.site import Site
+from fedseg.federated.sites import answer_safely
 from fedseg.flower import pack_answer, read_instructions
 from fedseg.site.config import load_site
 
