@@ -1,9 +1,11 @@
 """The report on a run: of a simulation, of half a one, and of a study of which only sums are known."""
 
+import contextlib
 import hashlib
 import json
 import os
 import re
+import sqlite3
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,13 +14,16 @@ from matplotlib.figure import Figure
 from PIL import Image
 from reportlab.pdfbase.pdfmetrics import stringWidth
 
+from fedseg.coordinator.state import reader
 from fedseg.errors import StoreError
+from fedseg.federated.store import RunStore
 from fedseg.report.document import Bullets, Code, Facts, Paragraph, Report, Section, Table
 from fedseg.report.drawing import drawing_of
 from fedseg.report.evidence import Difference, difference, in_short, unknown
 from fedseg.report.figures import COLOURS
 from fedseg.report.html import to_html
 from fedseg.report.pdf import WIDTH, _styles, _widths, to_pdf
+from fedseg.report.round_charts import round_charts
 from fedseg.report.svg import to_svg
 from fedseg.report.write import write_report
 from fedseg.scores import CaseRow
@@ -205,10 +210,37 @@ def test_the_report_of_a_study_knows_sums_only(tmp_path):
     assert [path.name for path in paths] == ["told.html", "told.pdf"]
     page = paths[0].read_text()
     assert "3 of 3 rounds are finished, and the final weights are scored." in page
-    assert page.count("<svg") == 1
+    assert page.count("<svg") == 1 + 3 * 3  # Dice, loss and cosine of three hospitals
     assert "<img" not in page
     for site in "ABC":
         assert f'<th scope="row">{site}</th>' in page
+
+
+# --------------------------------------------------------------------------------------------------------- over the rounds
+def test_charts_over_rounds_show_what_the_store_has(finished):  # noqa: F811
+    dice, loss, cosine = round_charts(finished, {"fedavg": COLOURS[0]}, ["A", "B", "C"], alone=True)
+    assert [name for _, name in dice.legend] == ["fedavg", "alone"]
+    assert cosine.legend == ()  # of fedavg only: who trains alone agrees with himself
+    with reader(finished) as store:
+        value = store(
+            "SELECT value FROM metrics WHERE run = 'fedavg' AND site = 'B' AND name = 'dice' AND server_round = 3"
+        )
+        training = store("SELECT training FROM updates WHERE run = 'local-C' AND server_round = 1")
+    assert f"{value[0]['value']:.2f} in round 3" in dice.alts[1]
+    assert dice.alts[1].startswith("B: fedavg ")
+    assert f"alone {json.loads(training[0]['training'])['loss']:.2f} in round 1" in loss.alts[2]
+
+
+def test_charts_of_many_hospitals_show_those_that_are_served_worst(tmp_path):
+    store = RunStore(tmp_path, "fed")
+    store.close()
+    with contextlib.closing(sqlite3.connect(tmp_path / "store.sqlite")) as database, database:
+        database.execute("INSERT INTO runs VALUES ('fed', 'n', '{}', '', 0, 1, 0)")
+        for n in range(20):
+            database.execute("INSERT INTO metrics VALUES ('fed', 1, ?, 'dice', ?)", (f"site-{n:02d}", 0.9 - 0.01 * n))
+    (dice,) = round_charts(tmp_path, {"fed": COLOURS[0]}, [f"site-{n:02d}" for n in range(20)])
+    assert [alt.split(":")[0] for alt in dice.alts] == [f"site-{n:02d}" for n in range(8, 20)]
+    assert "The 12 of 20 hospitals with the lowest Dice" in dice.caption
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):

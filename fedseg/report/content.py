@@ -13,12 +13,14 @@ import torch
 
 from fedseg import __version__
 from fedseg.coordinator.history import RoundStory, RunSummary, find_runs, rounds_of
+from fedseg.coordinator.state import reader
 from fedseg.errors import StoreError
 from fedseg.federated.store import RunStore
 from fedseg.report import figures, robustness_figures
 from fedseg.report.document import Block, Bullets, Charts, Code, Facts, Paragraph, Photo, Report, Section, Table
 from fedseg.report.drawing import drawing_of
 from fedseg.report.evidence import Result, difference, in_short, unknown
+from fedseg.report.round_charts import round_charts
 from fedseg.report.tables import CAPTION, load_result
 from fedseg.scores import CaseRow, read_scores
 
@@ -145,12 +147,15 @@ def _rounds(directory: Path, result: Result, runs: Sequence[RunSummary]) -> list
             ]
         )
     drawn = figures.curves_figure(directory, result)
+    colours = {method: colour for method, colour in figures.method_colours(result).items() if method in known}
+    colours.pop("pooled", None)  # it has no hospitals
     return [
         Charts(
             [drawing_of(drawn)],
             "Mean Dice on the hospitals' validation cases.",
             ["Curves of mean validation Dice over the rounds."],
         ),
+        *round_charts(directory, colours, list(result["sites"]), alone="local" in result["final"]),
         _without_empty("What the rounds took", head, table),
     ]
 
@@ -296,7 +301,13 @@ def _told(directory: Path, run: RunSummary, stories: Sequence[RoundStory]) -> li
         "Mean Dice on the hospitals' validation cases.",
         ["Curve of mean validation Dice over the rounds."],
     )
-    return [chart, Table("Round by round", head, table)] if table else [Paragraph("No round is finished yet.")]
+    charts = round_charts(directory, {run.run: figures.COLOURS[0]}, _sites(directory, run))
+    return [chart, *charts, Table("Round by round", head, table)] if table else [Paragraph("No round is finished yet.")]
+
+
+def _sites(directory: Path, run: RunSummary) -> list[str]:
+    with reader(directory) as store:
+        return [row["site"] for row in store("SELECT DISTINCT site FROM updates WHERE run = ? ORDER BY site", run.run)]
 
 
 def _answers(directory: Path, run: RunSummary) -> list[Block]:

@@ -47,6 +47,7 @@ class Charts:
     """For those who cannot see: one for each drawing."""
     legend: Sequence[tuple[str, str]] = ()
     """Colours and what they stand for, where the drawings do not say so themselves."""
+    title: str = ""
 
 
 @dataclass(frozen=True)

@@ -52,8 +52,8 @@ def draw_figures(output: Path, progress: Callable[[int, int], None] = lambda _do
 
 def curves_figure(output: Path, result: Result) -> Figure:
     """Mean validation Dice over rounds, with the range over sites as a band."""
-    figure, axis = _figure(7.5, 4.2)
-    for method, colour in _colours(result).items():
+    figure, axis = _figure(7.5, 3.4)
+    for method, colour in method_colours(result).items():
         runs = [f"local-{site}" for site in result["sites"]] if method == "local" else [method]
         rounds, dice = _dice_by_round(output, runs)
         if not rounds:
@@ -66,9 +66,8 @@ def curves_figure(output: Path, result: Result) -> Figure:
             axis.fill_between(
                 rounds, [min(v) for v in dice], [max(v) for v in dice], color=colour, alpha=0.15, linewidth=0
             )
-    axis.set(
-        xlabel="round", ylabel="mean Dice on the sites' validation cases", title=f"{result['name']}: learning curves"
-    )
+    axis.set(xlabel="round", ylabel="mean validation Dice")
+    axis.set_title(f"{result['name']}: learning curves", loc="left")
     axis.set_ylim(0, 1)
     _count_rounds(axis)
     axis.legend(frameon=False, loc="lower right")
@@ -77,14 +76,14 @@ def curves_figure(output: Path, result: Result) -> Figure:
 
 def run_figure(output: Path, run: str) -> Figure:
     """One run by itself: mean Dice over rounds, and the range over its sites."""
-    figure, axis = _figure(7.5, 3.6)
+    figure, axis = _figure(7.5, 3.4)
     rounds, dice = _dice_by_round(output, [run])
     if rounds:
         axis.plot(rounds, [mean(values) for values in dice], color=COLOURS[0], linewidth=2, marker="o", ms=3)
         axis.fill_between(
             rounds, [min(v) for v in dice], [max(v) for v in dice], color=COLOURS[0], alpha=0.15, linewidth=0
         )
-    axis.set(xlabel="round", ylabel="mean Dice on the sites' validation cases")
+    axis.set(xlabel="round", ylabel="mean validation Dice")
     axis.set_ylim(0, 1)
     _count_rounds(axis)
     return figure
@@ -113,7 +112,7 @@ def _dice_by_round(output: Path, runs: Sequence[str]) -> tuple[list[int], list[l
 
 def sites_figure(result: Result) -> Figure:
     """Final Dice of every method at every site, and apart from them at hospitals that took no part."""
-    colours, hospitals = _colours(result), result.get("hospitals", {})
+    colours, hospitals = method_colours(result), result.get("hospitals", {})
     unseen = list(dict.fromkeys(site for method in colours for site in result["final"][method].get("unseen", {})))
     sites = [*result["sites"], *unseen]
     places = np.arange(len(sites)) + np.array([0.6 * (site in unseen) for site in sites])
@@ -136,8 +135,9 @@ def sites_figure(result: Result) -> Figure:
         axis.axvline(float(places[len(result["sites"])]) - 0.8, color="0.6", linewidth=0.8, linestyle=":")
     axis.set_ylim(0, 1.12)
     axis.set_yticks(np.linspace(0, 1, 6))
-    axis.set(ylabel="mean Dice", title=f"{result['name']}: who gains (scored on {result['test']})")
-    axis.legend(frameon=False, ncols=6, loc="upper center", fontsize=8, handlelength=1.2, columnspacing=1.2)
+    axis.set(ylabel="mean Dice")
+    axis.set_title(f"{result['name']}: who gains (scored on {result['test']})", loc="left")
+    axis.legend(frameon=False, ncols=6, loc="upper left", fontsize=8, handlelength=1.2, columnspacing=1.2)
     return figure
 
 
@@ -234,7 +234,7 @@ def _panels(output: Path, layout: Any, method: str, site: str, case_name: str) -
     return panels
 
 
-def _colours(result: Result) -> dict[str, str]:
+def method_colours(result: Result) -> dict[str, str]:
     """The methods that a figure shows, baselines first."""
     shown = {"local": LOCAL, "pooled": POOLED}
     colours = {name: colour for name, colour in shown.items() if name in result["final"]}

@@ -79,7 +79,8 @@ def _charts(charts: Charts) -> str:
         body = f'<div class="panels">{"".join(drawn)}</div>'
     names = "".join(f"<li>{swatch(colour)} {_text(name)}</li>" for colour, name in charts.legend)
     legend = f'<ul class="legend">{names}</ul>' if names else ""
-    return f"<figure>{legend}{body}<figcaption>{caption}</figcaption></figure>"
+    title = f'<p class="caption">{_text(charts.title)}</p>' if charts.title else ""
+    return f"<figure>{title}{legend}{body}<figcaption>{caption}</figcaption></figure>"
 
 
 def _text(text: str) -> str:

@@ -121,7 +121,8 @@ def _charts(charts: Charts, styles: dict[str, ParagraphStyle]) -> list[Flowable]
         f'<font color="{colour}">\u25a0</font> {html.escape(name)}' for colour, name in charts.legend
     )
     legend = [Text(names, styles["muted"])] if names else []
-    return _together(*legend, *drawn, _text(charts.caption, styles["muted"]), Spacer(0, 3 * mm))
+    title = [_text(charts.title, styles["caption"])] if charts.title else []
+    return _together(*title, *legend, *drawn, _text(charts.caption, styles["muted"]), Spacer(0, 3 * mm))
 
 
 def _photo(photo: Photo, styles: dict[str, ParagraphStyle]) -> list[Flowable]:

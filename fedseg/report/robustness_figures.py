@@ -53,7 +53,7 @@ def cross_site_figure(document: Document) -> Figure:
     unseen = [number for number, name in enumerate(names) if not hospitals[name]["takes_part"]]
     if unseen:
         axis.axvline(unseen[0] - 0.5, color=LOCAL, linewidth=1, linestyle=":")
-    axis.set(title=f"{document['name']}: Dice of networks (rows) at hospitals")
+    axis.set_title(f"{document['name']}: Dice of networks (rows) at hospitals", loc="left")
     return figure
 
 
@@ -73,8 +73,9 @@ def hospitals_figure(document: Document) -> Figure:
     axis.set_ylim(0, 1.12)
     axis.set_yticks(np.linspace(0, 1, 6))
     axis.grid(axis="y", alpha=0.25)
-    axis.set(ylabel="mean Dice, 95 % interval over persons", title=f"{document['name']}: hospital by hospital")
-    axis.legend(frameon=False, ncols=min(6, len(rows)), loc="upper center", fontsize=8)
+    axis.set(ylabel="mean Dice, 95 % interval over persons")
+    axis.set_title(f"{document['name']}: hospital by hospital", loc="left")
+    axis.legend(frameon=False, ncols=min(6, len(rows)), loc="upper left", fontsize=8)
     return figure
 
 
@@ -105,7 +106,7 @@ def severity_figure(document: Document) -> Figure:
         axis.grid(axis="y", alpha=0.25)
     for axis in axes.flat[len(effects) :]:
         axis.set_visible(False)
-    figure.suptitle(f"{document['name']}: Dice over severity of simulated shifts", fontsize=11)
+    figure.suptitle(f"{document['name']}: Dice over severity of simulated shifts", fontsize=11, x=0.02, ha="left")
     figure.supylabel("mean Dice", fontsize=9)
     for axis in axes[-1]:
         axis.set_xlabel("severity (0: clean)", fontsize=7.5)
@@ -135,7 +136,8 @@ def reliability_figure(document: Document) -> Figure:
                    color=colour, marker="o", markersize=3, linewidth=1.4, label=label)  # fmt: skip
         edges = np.linspace(0, 1, len(shares) + 1)
         below.stairs(shares, edges, color=colour, linewidth=1.2)
-    above.set(ylabel="share of right voxels", title=f"{document['name']}: is confidence what it is worth?", ylim=(0, 1))
+    above.set(ylabel="share of right voxels", ylim=(0, 1))
+    above.set_title(f"{document['name']}: is confidence what it is worth?", loc="left")
     above.legend(frameon=False, fontsize=8, loc="upper left")
     below.set(xlabel="confidence", ylabel="share of voxels", xlim=(0, 1))
     for axis in (above, below):
