@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import sqlite3
 from dataclasses import replace
 from pathlib import Path
@@ -19,14 +20,14 @@ from fedseg.errors import StoreError
 from fedseg.federated.store import RunStore
 from fedseg.report.document import Bullets, Code, Facts, Paragraph, Report, Section, Table
 from fedseg.report.drawing import drawing_of
-from fedseg.report.evidence import Difference, difference, in_short, unknown
+from fedseg.report.evidence import Difference, difference, in_short, interval, unknown
 from fedseg.report.figures import COLOURS
 from fedseg.report.html import to_html
-from fedseg.report.pdf import WIDTH, _styles, _widths, to_pdf
+from fedseg.report.pdf import WIDTH, _widths, to_pdf
 from fedseg.report.round_charts import round_charts
 from fedseg.report.svg import to_svg
 from fedseg.report.write import write_report
-from fedseg.scores import CaseRow
+from fedseg.scores import CaseRow, read_scores
 from tests.coordinator.browser import Browser, chromium
 from tests.federated.toys import run_toy, toy_experiment
 from tests.test_heterogeneous import finished, folder  # noqa: F401 - fixtures
@@ -58,6 +59,15 @@ def test_differences_are_of_the_same_persons_and_in_points():
 def test_a_difference_around_zero_is_not_sure():
     assert not Difference(1.0, -0.5, 2.0).sure
     assert Difference(-1.0, -2.0, -0.5).sure
+
+
+def test_an_interval_is_of_persons_not_of_cases():
+    scores = rows("fed", "A", [0.8, 0.7, 0.9, 0.6]) + rows("local-A", "A", [0.5] * 4)
+    low, high = interval(scores, "fed", "A")
+    assert (low, high) == (pytest.approx(0.6), pytest.approx(0.8))  # r, and p, three times each: 1 of 27 draws each
+    assert interval(scores, "local", "A") == (0.5, 0.5)
+    assert interval(scores[:1], "fed", "A") is None
+    assert interval(scores, "fed", "B") is None
 
 
 RESULT = {
@@ -167,7 +177,7 @@ def test_columns_of_a_page_are_as_wide_as_their_numbers():
     to_pdf(Report("t", "s", []))  # which knows the fonts
     rows = [["a hospital with a name of many words that may be broken", "+0.1 [-0.2, +0.4]", "1"] * 2]
     table = Table("", ["hospital", "difference", "n"] * 2, rows)
-    widths = _widths(table, _styles()["cell"])
+    widths = _widths(table, 8)
     assert sum(widths) == pytest.approx(WIDTH)
     for n in (1, 4):
         assert widths[n] >= stringWidth(rows[0][n], "Sans", 8)
@@ -193,6 +203,24 @@ def test_a_simulation_gets_a_file_that_holds_everything(written):
     dice = json.loads((written / "result.json").read_text())["final"]["fedavg"]["dice_mean"]
     assert f"a mean Dice of {dice:.3f}" in page
     assert (written / "report.pdf").read_bytes().startswith(b"%PDF-")
+
+
+def test_every_hospitals_dice_has_an_interval(written):
+    page, scores = (written / "report.html").read_text(), read_scores(written / "scores.csv")
+    sites = json.loads((written / "result.json").read_text())["final"]["fedavg"]["sites"]
+    for site, dice in sites.items():
+        low, high = interval(scores, "fedavg", site)
+        assert f'<td class="number">{dice:.3f} [{low:.3f}, {high:.3f}]</td>' in page
+    assert "2000 draws of a hospital&#x27;s test persons" in page
+
+
+def test_without_scores_of_cases_there_are_no_intervals(written, tmp_path):
+    shutil.copytree(written, tmp_path / "run")
+    (tmp_path / "run" / "scores.csv").unlink()
+    page = write_report(tmp_path / "run", pdf=False)[0].read_text()
+    assert "2000 draws" not in page
+    cases = json.loads((written / "result.json").read_text())["final"]["fedavg"]["cases"]
+    assert f"On {cases} cases that no hospital had for training" in page
 
 
 def test_a_card_lies_beside_the_networks(written):

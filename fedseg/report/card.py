@@ -10,7 +10,7 @@ import torch
 from fedseg import __version__
 from fedseg.report.evidence import Result, in_short, unknown
 from fedseg.report.tables import load_result
-from fedseg.scores import read_scores
+from fedseg.scores import CaseRow, read_scores
 
 NAME = "MODEL_CARD.md"
 
@@ -24,7 +24,8 @@ def model_card(directory: Path) -> str:
     Raises:
         StoreError: it holds no finished simulation.
     """
-    result, rows = load_result(directory), read_scores(directory / "scores.csv")
+    result, scores = load_result(directory), directory / "scores.csv"
+    rows = read_scores(scores) if scores.exists() else []
     experiment = json.loads((directory / "scenario.json").read_text(encoding="utf-8"))["experiment"]
     labels = [name for name in experiment["task"]["labels"] if name != "background"]
     model, training = result["model"], experiment["training"]
@@ -47,7 +48,7 @@ def model_card(directory: Path) -> str:
         "Dice by structure, in [0, 1], unweighted over cases, structures and hospitals; 95 % intervals by drawing persons with "
         "replacement.",
         "## Evaluation data",
-        f"{len({row.person for row in rows})} persons: {result['test']}.",
+        _tested(result, rows),
         "## Training data",
         f"{cases} cases at {len(result['sites'])} hospitals; no volume left its hospital but for the pooled yardstick of this "
         "simulation.",
@@ -75,6 +76,11 @@ def _files(directory: Path) -> str:
     paths = sorted((directory / "models").rglob("*.safetensors"))
     lines = [f"| {path.relative_to(directory)} | {hashlib.sha256(path.read_bytes()).hexdigest()} |" for path in paths]
     return "\n".join(["| file | SHA-256 |", "| --- | --- |", *lines])
+
+
+def _tested(result: Result, rows: Sequence[CaseRow]) -> str:
+    count = f"{len({row.person for row in rows})} persons: " if rows else ""
+    return f"{count}{result['test']}."
 
 
 def _factors(result: Result) -> str:

@@ -19,10 +19,15 @@ from fedseg.federated.store import RunStore
 from fedseg.report import figures, robustness_figures
 from fedseg.report.document import Block, Bullets, Charts, Code, Facts, Paragraph, Photo, Report, Section, Table
 from fedseg.report.drawing import drawing_of
-from fedseg.report.evidence import Result, difference, in_short, unknown
+from fedseg.report.evidence import Result, difference, in_short, interval, unknown
 from fedseg.report.round_charts import round_charts
 from fedseg.report.tables import CAPTION, load_result
 from fedseg.scores import CaseRow, read_scores
+
+HOW = (
+    "Intervals in brackets: 95 %, from 2000 draws of a hospital's test persons with replacement (percentile bootstrap); a "
+    "person's cases are drawn together."
+)
 
 
 def report_on(directory: Path) -> Report:
@@ -39,14 +44,15 @@ def report_on(directory: Path) -> Report:
         raise StoreError(f"{directory}: holds no run store (store.sqlite); name a result directory")
     if not (directory / "result.json").exists():
         return _on_rounds(directory, runs)
-    result, rows = load_result(directory), read_scores(directory / "scores.csv")
+    result, scores = load_result(directory), directory / "scores.csv"
+    rows = read_scores(scores) if scores.exists() else []
     sections = [
         Section("In short", [Paragraph(" ".join(in_short(result, rows)[:1])), Bullets(in_short(result, rows)[1:])]),
         Section("Who does how well", _hospitals(result, rows)),
         Section("Methods compared", _methods(result, rows)),
         Section("Rounds", _rounds(directory, result, runs)),
         *_robustness(directory),
-        Section("What it looks like", _cases(directory, result)),
+        *_cases(directory, result),
         Section("Study card", _card(directory, result, runs)),
         Section("What is not known", [Bullets(unknown(result, rows))]),
         Section("Do it again", [Code(_again(directory, result))]),
@@ -62,36 +68,33 @@ def _hospitals(result: Result, rows: Sequence[CaseRow]) -> list[Block]:
     method, hospitals = next(iter(result["headline"])), result.get("hospitals", {})
     final, left_out = result["final"], result.get("leave_one_out", {})
     kinds = [kind for kind in ("scanner", "annotator") if any(one.get(kind) for one in hospitals.values())]
-    head = ["hospital", *kinds, "training cases"]
-    words = len(head) - 1
-    head += [f"Dice, {method}", "alone", "pooled", "gain over alone, points", "against pooled, points"]
-    head += ["without it"] if left_out else []
-    table = []
-    for site in result["sites"]:
-        row = [
-            site,
-            *_words(hospitals.get(site, {}), kinds),
-            str(result["sites"][site]["training_cases"]),
-        ]
-        row += [_number(final.get(name, {}).get("sites", {}).get(site)) for name in (method, "local", "pooled")]
-        row += [_interval(difference(rows, method, name, [site])) for name in ("local", "pooled")]
-        table.append(row + ([_number(left_out.get(site))] if left_out else []))
-    for site, dice in final[method].get("unseen", {}).items():
-        row = [site, *_words(hospitals.get(site, {}), kinds), "takes no part", f"{dice:.3f}", ""]
-        row += [_number(final.get("pooled", {}).get("unseen", {}).get(site)), ""]
-        row += [_interval(difference(rows, method, "pooled", [site]))]
-        table.append(row + ([""] if left_out else []))
+    head = ["hospital", *kinds, "training cases", f"Dice, {method}", "alone", "pooled", "without it"]
+    words = 1 + len(kinds)
+    unseen = final[method].get("unseen", {})
+    scored, compared = [], []
+    for site in (*result["sites"], *unseen):
+        part, own = ("unseen", "takes no part") if site in unseen else ("sites", "")
+        row = [site, *_words(hospitals.get(site, {}), kinds), own or str(result["sites"][site]["training_cases"])]
+        for name in (method, "local", "pooled"):
+            row.append(_with_interval(final.get(name, {}).get(part, {}).get(site), interval(rows, name, site)))
+        scored.append([*row, _number(left_out.get(site))])
+        compared.append([site, *(_interval(difference(rows, method, name, [site])) for name in ("local", "pooled"))])
+    gains = _without_empty(
+        "What joining changes, in Dice points (0.01); the same persons, in pairs",
+        ["hospital", f"{method} minus alone", f"{method} minus pooled"],
+        compared,
+    )
     drawn = figures.sites_figure(result)
-    words_of_it = "; ".join(f"{row[0]}: {row[words + 1]}" for row in table)
+    words_of_it = "; ".join(f"{row[0]}: {row[words + 1]}" for row in scored)
     return [
         Charts(
             [drawing_of(drawn)],
             "Mean Dice of every method at every hospital.",
             [f"Bars of mean Dice. {method}: {words_of_it}."],
         ),
-        _without_empty(
-            f"Hospitals ({result['test']}); differences with 95 % intervals, persons paired", head, table, words
-        ),
+        _without_empty(f"Dice at every hospital ({result['test']})", head, scored, words),
+        *([gains] if len(gains.head) > 1 else []),
+        *([Paragraph(HOW)] if rows else []),
     ]
 
 
@@ -187,16 +190,17 @@ def _robustness(directory: Path) -> list[Section]:
     return [Section("Robustness", blocks)] if blocks else []
 
 
-def _cases(directory: Path, result: Result) -> list[Block]:
+def _cases(directory: Path, result: Result) -> list[Section]:
     there = directory / "segmentations.png"
     fresh = there.exists() and there.stat().st_mtime >= (directory / "result.json").stat().st_mtime
-    return [
-        Photo(
-            figures.photo(there if fresh else figures.segmentations_figure(directory, result)),
-            "Test cases: the reference, and what networks make of the image. Simulated or public data only.",
-            "Sections of test cases with outlines of the structures.",
-        )
-    ]
+    if not fresh and not (directory / "scores.csv").exists():  # which cases to show, nobody knows
+        return []
+    photo = Photo(
+        figures.photo(there if fresh else figures.segmentations_figure(directory, result)),
+        "Test cases: the reference, and what networks make of the image. Simulated or public data only.",
+        "Sections of test cases with outlines of the structures.",
+    )
+    return [Section("What it looks like", [photo])]
 
 
 def _card(directory: Path, result: Result, runs: Sequence[RunSummary]) -> list[Block]:
@@ -346,6 +350,10 @@ def _open_questions() -> list[str]:
 # ---------------------------------------------------------------------------------------------------------- small words
 def _number(value: float | None, factor: float = 1.0, digits: int = 3) -> str:
     return "" if value is None else f"{factor * value:.{digits}f}"
+
+
+def _with_interval(value: float | None, ends: tuple[float, float] | None) -> str:
+    return _number(value) if value is None or ends is None else f"{value:.3f} [{ends[0]:.3f}, {ends[1]:.3f}]"
 
 
 def _interval(found: Any) -> str:

@@ -52,11 +52,25 @@ def difference(rows: Sequence[CaseRow], first: str, second: str, sites: Sequence
     return Difference(mean(gain for of_person in gains.values() for gain in of_person), low, high)
 
 
+def interval(rows: Sequence[CaseRow], run: str, site: str) -> tuple[float, float] | None:
+    """95 % interval of a run's mean Dice at a site, persons drawn with replacement; None of fewer than two persons.
+
+    `local` stands for the site's own model.
+    """
+    wanted = f"local-{site}" if run == "local" else run
+    dice: dict[str, list[float]] = {}
+    for row in rows:
+        if row.run == wanted and row.site == site:
+            dice.setdefault(row.person, []).append(row.dice)
+    return bootstrap_ci(dice) if len(dice) > 1 else None
+
+
 def in_short(result: Result, rows: Sequence[CaseRow]) -> list[str]:
     """The outcome in sentences; the first method of the scenario speaks for the federation."""
     method = next(iter(result["headline"]))
     final, sites = result["final"], list(result["sites"])
     fed, persons = final[method], len({row.person for row in rows})
+    tested = _count(persons, "person") if rows else _count(fed["cases"], "case")
     where = (
         "that no hospital had for training"
         if "no site has" in result["test"]
@@ -64,7 +78,7 @@ def in_short(result: Result, rows: Sequence[CaseRow]) -> list[str]:
     )
     sentences = [
         f"{_count(len(sites), 'hospital')} trained one network together ({method}). "
-        f"On {_count(persons, 'person')} {where} it reaches a mean Dice of "
+        f"On {tested} {where} it reaches a mean Dice of "
         f"{fed['dice_mean']:.3f} (95 % interval {fed['dice_ci95'][0]:.3f} to {fed['dice_ci95'][1]:.3f}; 1 would be perfect)."
     ]
     sentences += _against_pooled(result, rows, method, sites)
@@ -86,7 +100,7 @@ def unknown(result: Result, rows: Sequence[CaseRow]) -> list[str]:
     limits = [
         f"This is one run with seed {result['seed']}. Another seed gives other numbers; `fedseg results` compares several."
     ]
-    if persons < FEW_PERSONS:
+    if rows and persons < FEW_PERSONS:
         limits.append(f"{persons} test persons are few: the intervals are wide, and small differences cannot be seen.")
     if "no site has" not in result["test"]:
         limits.append(

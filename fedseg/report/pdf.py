@@ -27,6 +27,8 @@ WIDTH = A4[0] - 2 * MARGIN
 TALLEST = A4[1] - 2 * MARGIN - 30 * mm
 GAP = 6.0
 """Points between columns."""
+SIZES = (8.0, 7.0, 6.0)
+"""Of the letters in tables: the largest one with which no word is broken."""
 SHORT = 20
 """Rows that stay on one page."""
 NARROW = [("LEFTPADDING", (0, 0), (-1, -1), 0), ("RIGHTPADDING", (0, 0), (-1, -1), 0)]
@@ -68,34 +70,42 @@ def _block(block: Block, styles: dict[str, ParagraphStyle]) -> list[Flowable]:
 
 
 def _table(table: Table, styles: dict[str, ParagraphStyle]) -> list[Flowable]:
+    size = next((size for size in SIZES if sum(_least(table, size)) <= WIDTH), SIZES[-1])
+
     def cell(text: str, column: int, *, head: bool = False) -> Flowable:
-        side = "" if column < table.words else " right"
-        return _text(text, styles[("head" if head else "cell") + side])
+        name = ("head" if head else "cell") + ("" if column < table.words else " right")
+        return _text(text, ParagraphStyle(name, styles[name], fontSize=size, leading=1.3 * size))
 
     rows = [[cell(name, n, head=True) for n, name in enumerate(table.head)]]
     rows += [[cell(text, n) for n, text in enumerate(row)] for row in table.rows]
-    grid = _ruled(rows, _widths(table, styles["cell"]))
+    grid = _ruled(rows, _widths(table, size))
     grid.keepWithNext = len(rows) <= SHORT  # with the empty space below it, that is, on one page
     return [_text(table.caption, styles["caption"]), grid, Spacer(0, 4 * mm)]
 
 
-def _widths(table: Table, style: ParagraphStyle) -> list[float]:
+def _widths(table: Table, size: float) -> list[float]:
     """Columns wide enough for their longest number or word; what is left goes to those with the longest lines."""
-
-    def wide(text: str) -> float:
-        return float(pdfmetrics.stringWidth(text, style.fontName, style.fontSize)) + GAP
-
-    least, wanted = [], []
-    for n, heading in enumerate(table.head):
-        texts = [row[n] for row in table.rows]
-        whole = texts if n >= table.words else [word for text in texts for word in text.split()]
-        least.append(max(wide(text) for text in (*whole, *heading.split(), "")))
-        wanted.append(max(wide(text) for text in (*texts, heading)))
+    columns = [[heading, *(row[n] for row in table.rows)] for n, heading in enumerate(table.head)]
+    least, wanted = _least(table, size), [max(_wide(text, size) for text in column) for column in columns]
     if sum(wanted) <= WIDTH:
         return [want + (WIDTH - sum(wanted)) / len(wanted) for want in wanted]
     share = max(0.0, WIDTH - sum(least)) / (sum(wanted) - sum(least))
     widths = [need + share * (want - need) for need, want in zip(least, wanted, strict=True)]
     return [WIDTH * one / sum(widths) for one in widths]
+
+
+def _least(table: Table, size: float) -> list[float]:
+    """What each column needs so that no number and no word is broken."""
+    least = []
+    for n, heading in enumerate(table.head):
+        texts = [row[n] for row in table.rows]
+        whole = texts if n >= table.words else [word for text in texts for word in text.split()]
+        least.append(max(_wide(text, size) for text in (*whole, *heading.split(), "")))
+    return least
+
+
+def _wide(text: str, size: float) -> float:
+    return float(pdfmetrics.stringWidth(text, "Sans", size)) + GAP
 
 
 def _ruled(rows: list[Any], widths: list[float]) -> Flowable:
