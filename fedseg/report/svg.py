@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from fedseg.report.drawing import Drawing, Shape, Words
 from fedseg.report.figures import COLOURS, LOCAL, POOLED
 
-WIDE = 400.0
+WIDE = 260.0
 """Points from which a chart would be illegible if a phone's width were all that it had."""
 INKS = {colour: f"var(--series-{number})" for number, colour in enumerate(COLOURS, start=1)} | {
     POOLED: "var(--pooled)",
