@@ -26,6 +26,7 @@ from fedseg.report.html import to_html
 from fedseg.report.pdf import WIDTH, _widths, to_pdf
 from fedseg.report.round_charts import round_charts
 from fedseg.report.svg import to_svg
+from fedseg.report.words import counted
 from fedseg.report.write import write_report
 from fedseg.scores import CaseRow, read_scores
 from tests.coordinator.browser import Browser, chromium
@@ -115,10 +116,29 @@ def test_the_summary_says_who_gains_who_loses_and_what_the_unseen_get():
 
 def test_what_is_not_known_is_said():
     text = " ".join(unknown(RESULT | {"final": {"fed": {}}}, made_up()))
-    assert "3 test persons are few" in text
+    assert "Only 3 test persons: the intervals are wide" in text
     assert "nobody knows how much federation costs" in text
     assert "nobody knows who gains by joining" in text
     assert "no medical device" in text
+
+
+def test_one_of_a_thing_is_told_as_one():
+    assert [counted(n, "case") for n in (0, 1, 2)] == ["0 cases", "1 case", "2 cases"]
+    assert counted(1, "request was", "requests were") == "1 request was"
+    assert counted(2, "request was", "requests were") == "2 requests were"
+
+
+def test_a_study_of_one_hospital_and_one_round_is_told_as_one(tmp_path):
+    run_toy(toy_experiment(rounds=1), tmp_path)
+    with contextlib.closing(sqlite3.connect(tmp_path / "store.sqlite")) as database, database:
+        database.execute("DELETE FROM updates WHERE site != 'A'")
+        database.execute("UPDATE updates SET status = 'late', reason = 'deadline'")
+        database.execute("UPDATE runs SET resumed = 1")
+    page = write_report(tmp_path, pdf=False)[0].read_text()
+    assert "1 hospital trains" in page
+    assert "Finished: 1 of 1 round, " in page
+    assert "1 request was not answered" in page
+    assert "resumed 1 time." in page
 
 
 # ------------------------------------------------------------------------------------------------------------- documents
@@ -237,7 +257,7 @@ def test_the_report_of_a_study_knows_sums_only(tmp_path):
     paths = write_report(tmp_path, tmp_path / "told.html")
     assert [path.name for path in paths] == ["told.html", "told.pdf"]
     page = paths[0].read_text()
-    assert "3 of 3 rounds are finished, and the final weights are scored." in page
+    assert "3 hospitals train unet together. Finished: 3 of 3 rounds, and the final weights are scored." in page
     assert page.count("<svg") == 1 + 3 * 3  # Dice, loss and cosine of three hospitals
     assert "<img" not in page
     for site in "ABC":

@@ -43,11 +43,13 @@ def export(
     """Write a trained network's inference graph for ONNX runtimes or torch.export.load."""
     from fedseg.model_file import load_model_file
     from fedseg.models.export import export_model
+    from fedseg.report.words import counted
 
     experiment, network = load_model_file(model)
     export_model(network, output, experiment.training.patch_size, experiment.in_channels)
     size = "×".join(map(str, experiment.training.patch_size))
-    typer.echo(f"{output}: patches of {size} voxels, {experiment.in_channels} channel(s), any batch size")
+    channels = counted(experiment.in_channels, "channel")
+    typer.echo(f"{output}: patches of {size} voxels, {channels}, any batch size")
 
 
 def _rows() -> list[dict[str, Any]]:

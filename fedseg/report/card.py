@@ -10,6 +10,7 @@ import torch
 from fedseg import __version__
 from fedseg.report.evidence import Result, in_short, unknown
 from fedseg.report.tables import load_result
+from fedseg.report.words import counted
 from fedseg.scores import CaseRow, read_scores
 
 NAME = "MODEL_CARD.md"
@@ -35,8 +36,8 @@ def model_card(directory: Path) -> str:
         "## Model details",
         f"- Network: {model['name']} {model['preset'] or ''}".rstrip(),
         f"- Segments {', '.join(labels)} in {experiment['task']['modality'].upper()} volumes",
-        f"- Trained with fedseg {__version__}, torch {torch.__version__}; {result['rounds']} rounds, seed {result['seed']}, "
-        f"{training['optimizer']}, patches of {' x '.join(map(str, training['patch_size']))} voxels",
+        f"- Trained with fedseg {__version__}, torch {torch.__version__}; {counted(result['rounds'], 'round')}, "
+        f"seed {result['seed']}, {training['optimizer']}, patches of {' x '.join(map(str, training['patch_size']))} voxels",
         f"- Experiment: SHA-256 {result['experiment_digest']}",
         "",
         _files(directory),
@@ -50,8 +51,8 @@ def model_card(directory: Path) -> str:
         "## Evaluation data",
         _tested(result, rows),
         "## Training data",
-        f"{cases} cases at {len(result['sites'])} hospitals; no volume left its hospital but for the pooled yardstick of this "
-        "simulation.",
+        f"{counted(cases, 'case')} at {counted(len(result['sites']), 'hospital')}; no volume left its hospital but for the "
+        "pooled yardstick of this simulation.",
         "## Quantitative analyses",
         _scores(result),
         "\n".join(f"- {sentence}" for sentence in in_short(result, rows)),
@@ -79,7 +80,7 @@ def _files(directory: Path) -> str:
 
 
 def _tested(result: Result, rows: Sequence[CaseRow]) -> str:
-    count = f"{len({row.person for row in rows})} persons: " if rows else ""
+    count = f"{counted(len({row.person for row in rows}), 'person')}: " if rows else ""
     return f"{count}{result['test']}."
 
 

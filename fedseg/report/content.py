@@ -22,6 +22,7 @@ from fedseg.report.drawing import drawing_of
 from fedseg.report.evidence import Result, difference, in_short, interval, unknown
 from fedseg.report.round_charts import round_charts
 from fedseg.report.tables import CAPTION, load_result
+from fedseg.report.words import counted
 from fedseg.scores import CaseRow, read_scores
 
 HOW = (
@@ -222,11 +223,11 @@ def _card(directory: Path, result: Result, runs: Sequence[RunSummary]) -> list[B
         ("network", f"{model['name']} {model['preset'] or ''}".strip()),
         ("patch", " x ".join(map(str, training["patch_size"]))),
         ("optimizer", f"{training['optimizer']}, learning rate {training['learning_rate']:g}, {training['schedule']}"),
-        ("rounds", f"{federation['rounds']} of {federation['local_epochs']} local epoch(s)"),
+        ("rounds", f"{federation['rounds']} of {counted(federation['local_epochs'], 'local epoch')}"),
         ("seed", str(result["seed"])),
         ("experiment", result["experiment_digest"][:16]),
         ("begun", _when(min(run.started for run in runs))),
-        ("computed", f"{minutes:.0f} minutes, summed over runs"),
+        ("computed", f"{counted(round(minutes), 'minute')}, summed over runs"),
         ("fedseg, torch, Python", f"{__version__}, {torch.__version__}, {platform.python_version()}"),
     ]
     blocks: list[Block] = [Facts(facts)]
@@ -268,7 +269,8 @@ def _on_rounds(directory: Path, runs: Sequence[RunSummary]) -> Report:
 
 def _progress(run: RunSummary, stories: Sequence[RoundStory]) -> str:
     text = (
-        f"{run.sites} hospitals train {run.model} together. {run.rounds} of {run.planned} rounds are finished"
+        f"{counted(run.sites, 'hospital trains', 'hospitals train')} {run.model} together. "
+        f"Finished: {run.rounds} of {counted(run.planned, 'round')}"
         f"{'' if run.finished is None else ', and the final weights are scored'}."
     )
     if run.dice is not None:
@@ -276,11 +278,11 @@ def _progress(run: RunSummary, stories: Sequence[RoundStory]) -> str:
         text += f"; the best so far was {run.best:.3f}." if run.best is not None else "."
     failed = sum(len(story.failures) for story in stories)
     text += (
-        f" {failed} requests were not answered with an update."
+        f" {counted(failed, 'request was', 'requests were')} not answered with an update."
         if failed
         else " Every request was answered with an update."
     )
-    return text + (f" The run was interrupted and resumed {run.resumed} times." if run.resumed else "")
+    return text + (f" The run was interrupted and resumed {counted(run.resumed, 'time')}." if run.resumed else "")
 
 
 def _told(directory: Path, run: RunSummary, stories: Sequence[RoundStory]) -> list[Block]:

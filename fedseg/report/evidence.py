@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedseg.metrics import bootstrap_ci
+from fedseg.report.words import counted
 from fedseg.scores import CaseRow, mean
 
 Result = dict[str, Any]
@@ -70,14 +71,14 @@ def in_short(result: Result, rows: Sequence[CaseRow]) -> list[str]:
     method = next(iter(result["headline"]))
     final, sites = result["final"], list(result["sites"])
     fed, persons = final[method], len({row.person for row in rows})
-    tested = _count(persons, "person") if rows else _count(fed["cases"], "case")
+    tested = counted(persons, "person") if rows else counted(fed["cases"], "case")
     where = (
         "that no hospital had for training"
         if "no site has" in result["test"]
         else "kept for validation at the hospitals"
     )
     sentences = [
-        f"{_count(len(sites), 'hospital')} trained one network together ({method}). "
+        f"{counted(len(sites), 'hospital')} trained one network together ({method}). "
         f"On {tested} {where} it reaches a mean Dice of "
         f"{fed['dice_mean']:.3f} (95 % interval {fed['dice_ci95'][0]:.3f} to {fed['dice_ci95'][1]:.3f}; 1 would be perfect)."
     ]
@@ -89,7 +90,7 @@ def in_short(result: Result, rows: Sequence[CaseRow]) -> list[str]:
     if traffic:
         sentences.append(
             f"No volume was exchanged: each hospital sent {traffic['megabytes_up'] / len(sites):.3g} MB of weight differences in "
-            f"{_count(result['rounds'], 'round')}."
+            f"{counted(result['rounds'], 'round')}."
         )
     return sentences
 
@@ -101,7 +102,9 @@ def unknown(result: Result, rows: Sequence[CaseRow]) -> list[str]:
         f"This is one run with seed {result['seed']}. Another seed gives other numbers; `fedseg results` compares several."
     ]
     if rows and persons < FEW_PERSONS:
-        limits.append(f"{persons} test persons are few: the intervals are wide, and small differences cannot be seen.")
+        limits.append(
+            f"Only {counted(persons, 'test person')}: the intervals are wide, and small differences cannot be seen."
+        )
     if "no site has" not in result["test"]:
         limits.append(
             "Models were scored on each hospital's own validation cases: hospitals are not compared on the same persons."
@@ -139,7 +142,7 @@ def _against_alone(result: Result, rows: Sequence[CaseRow], method: str, sites: 
     gains, losses = _names(gain, "gains", "gain", "nobody gains"), _names(lose, "loses", "lose", "nobody loses")
     sentence = f"Compared with training alone, {gains} and {losses}"
     if open_ones:
-        sentence += f"; at {_count(open_ones, 'hospital')} the test persons do not tell"
+        sentence += f"; at {counted(open_ones, 'hospital')} the test persons do not tell"
     known = {site: one for site, one in found.items() if one is not None}
     farthest = max(known, key=lambda site: abs(known[site].points), default=None)
     return [f"{sentence}." + (f" The largest change is at {farthest}: {known[farthest]}." if farthest else "")]
@@ -168,7 +171,7 @@ def _unseen(result: Result, method: str) -> list[str]:
         return []
     head = result["headline"][method]
     sentence = (
-        f"At {_count(len(unseen), 'hospital')} that took no part ({', '.join(unseen)}) it reaches {mean(unseen.values()):.3f}, "
+        f"At {counted(len(unseen), 'hospital')} that took no part ({', '.join(unseen)}) it reaches {mean(unseen.values()):.3f}, "
         f"{_points(head['U'])} the mean of those that did"
     )
     if head.get("U_pooled") is not None:
@@ -178,10 +181,6 @@ def _unseen(result: Result, method: str) -> list[str]:
 
 def _points(below: float) -> str:
     return f"{abs(below):.1f} points {'below' if below > 0 else 'above'}"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _names(names: Sequence[str], one: str, many: str, none: str) -> str:

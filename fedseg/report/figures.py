@@ -16,6 +16,7 @@ from PIL import Image
 
 from fedseg.federated.store import RunStore
 from fedseg.report.tables import Result, load_result
+from fedseg.report.words import counted
 from fedseg.scores import CaseRow, mean, read_scores
 
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#f0e442")
@@ -127,7 +128,7 @@ def sites_figure(result: Result) -> Figure:
             axis.bar_label(bars, ["" if math.isnan(value) else f"{value:.2f}" for value in dice], fontsize=6, padding=1)
     labels = []
     for site in sites:
-        size = "unseen" if site in unseen else f"{result['sites'][site]['training_cases']} cases"
+        size = "unseen" if site in unseen else counted(result["sites"][site]["training_cases"], "case")
         scanner = hospitals.get(site, {}).get("scanner")
         labels.append("\n".join([site, *([scanner] if scanner else []), size]))
     axis.set_xticks(places, labels, fontsize=8 if hospitals else None)

@@ -4,6 +4,8 @@ from typing import Any
 
 from rich.table import Table
 
+from fedseg.report.words import counted
+
 Document = dict[str, Any]
 """What `robustness.json` holds."""
 
@@ -26,7 +28,8 @@ def robustness_tables(document: Document) -> list[Table]:
 
 def _matrix(document: Document) -> Table:
     table = _table(
-        f"Dice of networks (rows) at hospitals (columns): {document['cases']} cases of {document['persons']} persons"
+        "Dice of networks (rows) at hospitals (columns): "
+        f"{counted(document['cases'], 'case')} of {counted(document['persons'], 'person')}"
     )
     hospitals = document["hospitals"]
     table.add_column("network")
@@ -122,7 +125,9 @@ def _calibration(document: Document) -> Table:
 
 def _degradation(document: Document) -> Table:
     grid = document["grid"]
-    table = _table(f"Under {len(grid['effects'])} effects, severities {', '.join(map(str, grid['severities']))}")
+    table = _table(
+        f"Under {counted(len(grid['effects']), 'effect')}, severities {', '.join(map(str, grid['severities']))}"
+    )
     headings = ["network", "clean Dice", "lost pt [95 % CI]", "weighted pt"]
     headings += ["mCE", "relative mCE"] if grid["reference"] else []
     for heading in headings:
