@@ -58,7 +58,12 @@ def test_an_update_of_nothing_but_scores_arrives() -> None:
 
 
 @pytest.mark.parametrize(
-    "failure", [SiteFailure("Aare", 3, "abstained", "too-few-cases"), SiteFailure("Aare", 3, "failed", "DataError")]
+    "failure",
+    [
+        SiteFailure("Aare", 3, "abstained", "too-few-cases"),
+        SiteFailure("Aare", 3, "failed", "DataError"),
+        SiteFailure("Aare", 3, "late", "deadline"),
+    ],
 )
 def test_a_failure_arrives_with_its_kind_and_reason(failure: SiteFailure) -> None:
     assert read_answer(message(pack_answer(failure)), "Aare", 3) == failure
