@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from reportlab.pdfbase.pdfmetrics import stringWidth
@@ -24,6 +25,7 @@ from fedseg.report.evidence import Difference, difference, in_short, interval, u
 from fedseg.report.figures import COLOURS
 from fedseg.report.html import to_html
 from fedseg.report.pdf import WIDTH, _widths, to_pdf
+from fedseg.report.provenance import software_of
 from fedseg.report.round_charts import round_charts
 from fedseg.report.svg import to_svg
 from fedseg.report.words import counted
@@ -283,12 +285,33 @@ def test_charts_of_many_hospitals_show_those_that_are_served_worst(tmp_path):
     store = RunStore(tmp_path, "fed")
     store.close()
     with contextlib.closing(sqlite3.connect(tmp_path / "store.sqlite")) as database, database:
-        database.execute("INSERT INTO runs VALUES ('fed', 'n', '{}', '', 0, 1, 0)")
+        database.execute("INSERT INTO runs VALUES ('fed', 'n', '{}', '', 0, 1, 0, NULL)")
         for n in range(20):
             database.execute("INSERT INTO metrics VALUES ('fed', 1, ?, 'dice', ?)", (f"site-{n:02d}", 0.9 - 0.01 * n))
     (dice,) = round_charts(tmp_path, {"fed": COLOURS[0]}, [f"site-{n:02d}" for n in range(20)])
     assert [alt.split(":")[0] for alt in dice.alts] == [f"site-{n:02d}" for n in range(8, 20)]
     assert "The 12 of 20 hospitals with the lowest Dice" in dice.caption
+
+
+def test_a_report_names_the_libraries_of_the_run_not_those_of_the_moment(written, tmp_path):
+    shutil.copytree(written, tmp_path / "run")
+    with contextlib.closing(sqlite3.connect(tmp_path / "run" / "store.sqlite")) as database, database:
+        database.execute("UPDATE runs SET software = ?", (json.dumps({"fedseg": "0.0.1", "torch": "1.2.3"}),))
+        insert = "INSERT INTO events (run, time, kind, server_round, detail) VALUES ('fedavg', 0, 'resumed', 2, ?)"
+        database.execute(insert, ("torch 1.2.3 -> 1.2.4",))
+    told = "fedseg 0.0.1, torch 1.2.3; later in fedavg: torch 1.2.3 -> 1.2.4"
+    assert software_of(tmp_path / "run") == told
+    page = write_report(tmp_path / "run", pdf=False)[0].read_text()
+    assert told.replace(">", "&gt;") in page
+    assert torch.__version__ not in page
+    assert f"- Trained with: {told}" in (tmp_path / "run" / "models" / "MODEL_CARD.md").read_text()
+
+
+def test_what_an_older_run_did_not_record_is_said_to_be_unknown(written, tmp_path):
+    shutil.copytree(written, tmp_path / "run")
+    with contextlib.closing(sqlite3.connect(tmp_path / "run" / "store.sqlite")) as database, database:
+        database.execute("ALTER TABLE runs DROP COLUMN software")
+    assert software_of(tmp_path / "run") == "not recorded"
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):

@@ -22,18 +22,19 @@ from fedseg.federated.checkpoint import load_state, save_state
 from fedseg.federated.faults import reach
 from fedseg.federated.phases import Phase, PhaseClock
 from fedseg.federated.rounds import AcceptedUpdate, RoundReport, ServerState
+from fedseg.federated.software import software
 from fedseg.federated.waiting import WaitingFile, waiting_path
 from fedseg.federated.weights import digest
 
 log = logging.getLogger(__name__)
 
 CHECKPOINTS_KEPT = 2
-VERSION = 3
+VERSION = 4
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS runs (
     run TEXT PRIMARY KEY, name TEXT NOT NULL, experiment TEXT NOT NULL, digest TEXT NOT NULL,
-    started REAL NOT NULL, finished REAL, resumed INTEGER NOT NULL DEFAULT 0);
+    started REAL NOT NULL, finished REAL, resumed INTEGER NOT NULL DEFAULT 0, software TEXT);
 CREATE TABLE IF NOT EXISTS rounds (
     run TEXT NOT NULL REFERENCES runs, server_round INTEGER NOT NULL, attempts INTEGER NOT NULL, asked TEXT NOT NULL,
     seconds REAL NOT NULL, finished REAL NOT NULL, checkpoint TEXT NOT NULL, checkpoint_sha256 TEXT NOT NULL,
@@ -54,10 +55,14 @@ CREATE TABLE IF NOT EXISTS phases (
 CREATE TABLE IF NOT EXISTS requests (
     run TEXT NOT NULL REFERENCES runs, server_round INTEGER NOT NULL, site TEXT NOT NULL, bytes INTEGER NOT NULL);
 CREATE INDEX IF NOT EXISTS updates_by_round ON updates (run, server_round);
-PRAGMA user_version = 3;
+PRAGMA user_version = 4;
 """
 
-CHANGES = {2: "ALTER TABLE updates ADD COLUMN manifest TEXT", 3: "ALTER TABLE updates ADD COLUMN cosine REAL"}
+CHANGES = {
+    2: "ALTER TABLE updates ADD COLUMN manifest TEXT",
+    3: "ALTER TABLE updates ADD COLUMN cosine REAL",
+    4: "ALTER TABLE runs ADD COLUMN software TEXT",
+}
 """What makes an older store one of this version, beside the tables that it does not have."""
 
 SiteScores = Mapping[str, Mapping[str, float]]
@@ -123,7 +128,7 @@ class RunStore:
                 readable.
         """
         self._claim()
-        row = self._row("SELECT digest, experiment FROM runs WHERE run = ?", self.run)
+        row = self._row("SELECT digest, experiment, software FROM runs WHERE run = ?", self.run)
         if row is None:
             return None
         if row[0] != experiment.digest():
@@ -134,7 +139,7 @@ class RunStore:
         state = self._newest_readable_state()
         self._prune(state.server_round)
         self._db.execute("UPDATE runs SET resumed = resumed + 1 WHERE run = ?", (self.run,))
-        self.event("resumed", state.server_round)
+        self.event("resumed", state.server_round, detail=_other_software(row[2]))
         return state
 
     def commit_round(
@@ -245,8 +250,15 @@ class RunStore:
         with self._transaction():
             if experiment is not None:
                 self._db.execute(
-                    "INSERT INTO runs (run, name, experiment, digest, started) VALUES (?, ?, ?, ?, ?)",
-                    (self.run, experiment.name, experiment.to_json(), experiment.digest(), time.time()),
+                    "INSERT INTO runs (run, name, experiment, digest, started, software) VALUES (?, ?, ?, ?, ?, ?)",
+                    (
+                        self.run,
+                        experiment.name,
+                        experiment.to_json(),
+                        experiment.digest(),
+                        time.time(),
+                        json.dumps(software()),
+                    ),
                 )
             reach("store-begun")
             self._db.execute(
@@ -355,6 +367,13 @@ class RunStore:
 
 def _initial_report() -> RoundReport:
     return RoundReport(server_round=0, attempts=0, asked=(), accepted=(), failures=(), seconds=0.0)
+
+
+def _other_software(recorded: str | None) -> str:
+    """How the libraries differ from those with which a run began; empty if they do not, or nobody knows."""
+    before, now = json.loads(recorded or "{}"), software()
+    changed = [name for name in now if before and before.get(name) != now[name]]
+    return ", ".join(f"{name} {before.get(name, 'absent')} -> {now[name]}" for name in changed)
 
 
 def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:

@@ -5,10 +5,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-from fedseg import __version__
 from fedseg.report.evidence import Result, in_short, unknown
+from fedseg.report.provenance import software_of
 from fedseg.report.tables import load_result
 from fedseg.report.words import counted
 from fedseg.scores import CaseRow, read_scores
@@ -36,8 +34,9 @@ def model_card(directory: Path) -> str:
         "## Model details",
         f"- Network: {model['name']} {model['preset'] or ''}".rstrip(),
         f"- Segments {', '.join(labels)} in {experiment['task']['modality'].upper()} volumes",
-        f"- Trained with fedseg {__version__}, torch {torch.__version__}; {counted(result['rounds'], 'round')}, "
-        f"seed {result['seed']}, {training['optimizer']}, patches of {' x '.join(map(str, training['patch_size']))} voxels",
+        f"- Trained with: {software_of(directory)}",
+        f"- {counted(result['rounds'], 'round')}, seed {result['seed']}, {training['optimizer']}, "
+        f"patches of {' x '.join(map(str, training['patch_size']))} voxels",
         f"- Experiment: SHA-256 {result['experiment_digest']}",
         "",
         _files(directory),

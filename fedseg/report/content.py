@@ -1,7 +1,6 @@
 """The content of a report on a run: of a simulation all that it left; of a study in progress what its run store tells."""
 
 import json
-import platform
 import shlex
 from collections import Counter
 from collections.abc import Sequence
@@ -9,9 +8,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from fedseg import __version__
 from fedseg.coordinator.history import RoundStory, RunSummary, find_runs, rounds_of
 from fedseg.coordinator.state import reader
 from fedseg.errors import StoreError
@@ -20,6 +16,7 @@ from fedseg.report import figures, robustness_figures
 from fedseg.report.document import Block, Bullets, Charts, Code, Facts, Paragraph, Photo, Report, Section, Table
 from fedseg.report.drawing import drawing_of
 from fedseg.report.evidence import Result, difference, in_short, interval, unknown
+from fedseg.report.provenance import software_of
 from fedseg.report.round_charts import round_charts
 from fedseg.report.tables import CAPTION, load_result
 from fedseg.report.words import counted
@@ -58,9 +55,7 @@ def report_on(directory: Path) -> Report:
         Section("What is not known", [Bullets(unknown(result, rows))]),
         Section("Do it again", [Code(_again(directory, result))]),
     ]
-    subtitle = (
-        f"Report of {_when(max(run.finished or run.started for run in runs))}, simulated with fedseg {__version__}"
-    )
+    subtitle = f"A simulation of {_when(max(run.finished or run.started for run in runs))}"
     return Report(f"{result['name']}: a simulated federation", subtitle, sections)
 
 
@@ -228,7 +223,7 @@ def _card(directory: Path, result: Result, runs: Sequence[RunSummary]) -> list[B
         ("experiment", result["experiment_digest"][:16]),
         ("begun", _when(min(run.started for run in runs))),
         ("computed", f"{counted(round(minutes), 'minute')}, summed over runs"),
-        ("fedseg, torch, Python", f"{__version__}, {torch.__version__}, {platform.python_version()}"),
+        ("software of the run", software_of(directory)),
     ]
     blocks: list[Block] = [Facts(facts)]
     if scenario.get("machines"):
@@ -264,7 +259,7 @@ def _on_rounds(directory: Path, runs: Sequence[RunSummary]) -> Report:
         Section("What is not known", [Bullets(_open_questions())]),
     ]
     state = "finished" if main.finished is not None else f"after round {main.rounds} of {main.planned}"
-    return Report(f"{main.study}: {state}", f"Report of {_when(_now())}, fedseg {__version__}", sections)
+    return Report(f"{main.study}: {state}", f"Report of {_when(_now())}", sections)
 
 
 def _progress(run: RunSummary, stories: Sequence[RoundStory]) -> str:
@@ -307,8 +302,13 @@ def _told(directory: Path, run: RunSummary, stories: Sequence[RoundStory]) -> li
         "Mean Dice on the hospitals' validation cases.",
         ["Curve of mean validation Dice over the rounds."],
     )
+    told = Facts([("software of the server", software_of(directory))])
     charts = round_charts(directory, {run.run: figures.COLOURS[0]}, _sites(directory, run))
-    return [chart, *charts, Table("Round by round", head, table)] if table else [Paragraph("No round is finished yet.")]
+    return (
+        [chart, *charts, Table("Round by round", head, table), told]
+        if table
+        else [Paragraph("No round is finished yet.")]
+    )
 
 
 def _sites(directory: Path, run: RunSummary) -> list[str]:

@@ -4,7 +4,9 @@ from contextlib import closing
 from dataclasses import replace
 
 import pytest
+import torch
 
+from fedseg import __version__
 from fedseg.errors import StoreError
 from fedseg.federated.messages import SiteFailure
 from fedseg.federated.store import CHECKPOINTS_KEPT, RunStore
@@ -142,7 +144,7 @@ def test_a_store_of_a_later_release_is_refused(tmp_path):
     database = sqlite3.connect(tmp_path / "store.sqlite")
     database.execute("PRAGMA user_version = 99")
     database.close()
-    with pytest.raises(StoreError, match="version 99 is not 3"):
+    with pytest.raises(StoreError, match="version 99 is not 4"):
         RunStore(tmp_path)
 
 
@@ -174,7 +176,10 @@ def test_changed_data_of_a_site_are_noticed_once(tmp_path, caplog):
     assert "the data of B have changed" in caplog.text
 
 
-TO_VERSION_2 = "ALTER TABLE updates DROP COLUMN cosine; DROP TABLE phases; DROP TABLE requests; PRAGMA user_version = 2"
+TO_VERSION_2 = (
+    "ALTER TABLE updates DROP COLUMN cosine; ALTER TABLE runs DROP COLUMN software; DROP TABLE phases; DROP TABLE requests; "
+    "PRAGMA user_version = 2"
+)
 
 
 def test_a_store_from_before_phases_and_cosines_is_taken_over_and_its_run_goes_on(tmp_path):
@@ -197,7 +202,8 @@ def test_a_store_from_before_phases_and_cosines_is_taken_over_and_its_run_goes_o
     assert [row["server_round"] for row in phases] == [3]
     for table in ("rounds", "metrics"):
         assert history(tmp_path / "old")[table] == history(tmp_path / "undisturbed")[table]
-    assert rows(tmp_path / "old", "PRAGMA user_version") == [{"user_version": 3}]
+    assert rows(tmp_path / "old", "PRAGMA user_version") == [{"user_version": 4}]
+    assert rows(tmp_path / "old", "SELECT software FROM runs") == [{"software": None}]  # nobody knows any more
 
 
 def test_a_store_is_taken_over_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -264,3 +270,22 @@ def test_a_store_from_before_data_manifests_is_taken_over(tmp_path):
     assert store.resume(experiment).server_round == 2
     assert {row["manifest"] for row in store.rows("SELECT manifest FROM updates")} == {None}
     store.close()
+
+
+def test_a_run_remembers_its_libraries_and_tells_if_it_went_on_with_others(tmp_path, monkeypatch):
+    experiment = toy_experiment(rounds=2)
+    run_toy(experiment, tmp_path)
+    (kept,) = rows(tmp_path, "SELECT software FROM runs")
+    began = json.loads(kept["software"])
+    assert began["torch"] == torch.__version__
+    assert began["fedseg"] == __version__
+    assert set(began) == {"fedseg", "python", "torch", "monai", "flwr", "numpy"}
+    for now, told in ((began, ""), (began | {"torch": "9.0"}, f"torch {torch.__version__} -> 9.0")):
+        monkeypatch.setattr("fedseg.federated.store.software", lambda now=now: now)
+        store = RunStore(tmp_path)
+        store.resume(experiment)
+        assert store.rows("SELECT detail FROM events WHERE kind = 'resumed' ORDER BY id DESC LIMIT 1") == [
+            {"detail": told}
+        ]
+        store.close()
+    assert json.loads(rows(tmp_path, "SELECT software FROM runs")[0]["software"]) == began
