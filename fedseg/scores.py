@@ -1,23 +1,23 @@
 """Scores of final models on test cases, and the figures that compare methods: R, W and G."""
 
-import csv
-import io
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from pydantic import TypeAdapter
 
+from fedseg.case_rows import CaseRow as CaseRow
+from fedseg.case_rows import mean as mean
+from fedseg.case_rows import read_scores as read_scores
+from fedseg.case_rows import write_scores as write_scores
 from fedseg.config import Experiment
 from fedseg.data.features import prepare_aligned
 from fedseg.data.preprocess import PreparedCase
 from fedseg.device import pick_device
 from fedseg.evaluation import evaluate
-from fedseg.federated.checkpoint import write_durably
 from fedseg.federated.fingerprint import Fingerprint
 from fedseg.federated.site import Site
 from fedseg.metrics import FAILURE_DICE, LabelScore, bootstrap_ci
@@ -26,27 +26,6 @@ from fedseg.models.registry import ARCHITECTURES
 from fedseg.scenario import Layout, Scenario
 from fedseg.site.config import SiteConfig
 from fedseg.traffic import traffic
-
-
-@dataclass(frozen=True)
-class CaseRow:
-    """One structure of one test case, segmented by one model. For simulations: it names cases."""
-
-    run: str
-    """The model's run."""
-    site: str
-    """The site whose test case it is, or whose view of a shared test case."""
-    case: str
-    person: str
-    label: str
-    dice: float
-    hd95: float
-    """In mm."""
-    surface_dice: float
-    volume_predicted: float
-    """In mm³."""
-    volume_reference: float
-    """In mm³."""
 
 
 def score_model(
@@ -74,21 +53,6 @@ def score_model(
             known[same] = _score(model, experiment, cases, (view or sites[name]).device)
         rows += [CaseRow(run, name, *key, *astuple(score)) for key, score in known[same].items()]
     return rows
-
-
-def write_scores(path: Path, rows: Iterable[CaseRow]) -> None:
-    """Write rows as CSV, whole or not at all."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    writer.writerow(field.name for field in fields(CaseRow))
-    writer.writerows(astuple(row) for row in rows)
-    write_durably(path, text.getvalue().encode())
-
-
-def read_scores(path: Path) -> list[CaseRow]:
-    """Read the rows of `write_scores`."""
-    with path.open(newline="") as file:
-        return TypeAdapter(list[CaseRow]).validate_python(list(csv.DictReader(file)))
 
 
 def summarise(scenario: Scenario, layout: Layout, rows: Sequence[CaseRow], output: Path) -> dict[str, Any]:
@@ -193,12 +157,6 @@ def headline(final: dict[str, Any], method: str) -> dict[str, float | None]:
         if unseen and pooled
         else None,
     }
-
-
-def mean(values: Iterable[float]) -> float:
-    """Mean of the values that are not NaN; NaN of none."""
-    known = [value for value in values if not math.isnan(value)]
-    return math.fsum(known) / len(known) if known else math.nan
 
 
 def _score(

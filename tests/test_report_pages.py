@@ -62,7 +62,7 @@ def test_text_that_is_too_faint_is_noticed(browser):
     faint = [one for one in found if one["ratio"] < one["wanted"]]
     assert [one["svg"] for one in faint] == [False, True]
     assert faint[1]["ratio"] == pytest.approx(3.45, abs=0.01)  # of #8a8a8a on white
-    assert "Report of" in faint[0]["text"]
+    assert "A simulation of" in faint[0]["text"]
 
 
 @pytest.mark.skipif(chromium() is None, reason="chromium (Debian's package) is not installed")

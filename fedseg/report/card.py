@@ -5,11 +5,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from fedseg.case_rows import CaseRow, read_scores
 from fedseg.report.evidence import Result, in_short, unknown
 from fedseg.report.provenance import software_of
 from fedseg.report.tables import load_result
 from fedseg.report.words import counted
-from fedseg.scores import CaseRow, read_scores
 
 NAME = "MODEL_CARD.md"
 

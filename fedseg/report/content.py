@@ -8,10 +8,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from fedseg.case_rows import CaseRow, read_scores
 from fedseg.coordinator.history import RoundStory, RunSummary, find_runs, rounds_of
 from fedseg.coordinator.state import reader
 from fedseg.errors import StoreError
-from fedseg.federated.store import RunStore
 from fedseg.report import figures, robustness_figures
 from fedseg.report.document import Block, Bullets, Charts, Code, Facts, Paragraph, Photo, Report, Section, Table
 from fedseg.report.drawing import drawing_of
@@ -20,7 +20,6 @@ from fedseg.report.provenance import software_of
 from fedseg.report.round_charts import round_charts
 from fedseg.report.tables import CAPTION, load_result
 from fedseg.report.words import counted
-from fedseg.scores import CaseRow, read_scores
 
 HOW = (
     "Intervals in brackets: 95 %, from 2000 draws of a hospital's test persons with replacement (percentile bootstrap); a "
@@ -317,17 +316,14 @@ def _sites(directory: Path, run: RunSummary) -> list[str]:
 
 
 def _answers(directory: Path, run: RunSummary) -> list[Block]:
-    store = RunStore(directory, run.run)
-    try:
-        rows = store.rows(
+    with reader(directory) as store:
+        rows = store(
             "SELECT site, status, COALESCE(reason, '') AS reason, COUNT(*) AS n, MAX(num_cases) AS cases, "
             "SUM(bytes) AS bytes FROM updates WHERE run = ? GROUP BY site, status, reason ORDER BY site, status",
             run.run,
         )
-        dice = store.metrics("dice")
-    finally:
-        store.close()
-    newest: dict[str, float] = dice[max(dice)] if dice else {}
+        dice = store("SELECT site, value FROM metrics WHERE run = ? AND name = 'dice' ORDER BY server_round", run.run)
+    newest: dict[str, float] = {row["site"]: row["value"] for row in dice}
     table: list[list[str]] = []
     for site in dict.fromkeys(row["site"] for row in rows):
         own = [row for row in rows if row["site"] == site]

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fedseg.case_rows import CaseRow, mean
 from fedseg.metrics import bootstrap_ci
 from fedseg.report.words import counted
-from fedseg.scores import CaseRow, mean
 
 Result = dict[str, Any]
 FEW_PERSONS = 20

@@ -14,10 +14,10 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from fedseg.federated.store import RunStore
+from fedseg.case_rows import CaseRow, mean, read_scores
+from fedseg.coordinator.state import reader
 from fedseg.report.tables import Result, load_result
 from fedseg.report.words import counted
-from fedseg.scores import CaseRow, mean, read_scores
 
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#f0e442")
 """Okabe and Ito's, which colour-blind people can tell apart."""
@@ -100,13 +100,10 @@ def _count_rounds(axis: Any) -> None:
 
 def _dice_by_round(output: Path, runs: Sequence[str]) -> tuple[list[int], list[list[float]]]:
     found: dict[int, list[float]] = {}
-    for run in runs:
-        store = RunStore(output, run)
-        try:
-            for server_round, by_site in store.metrics("dice").items():
-                found.setdefault(server_round, []).extend(by_site.values())
-        finally:
-            store.close()
+    with reader(output) as store:
+        for run in runs:
+            for row in store("SELECT * FROM metrics WHERE run = ? AND name = 'dice' ORDER BY server_round, site", run):
+                found.setdefault(row["server_round"], []).append(row["value"])
     rounds = sorted(found)
     return rounds, [found[number] for number in rounds]
 
