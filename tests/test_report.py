@@ -19,6 +19,7 @@ from reportlab.pdfbase.pdfmetrics import stringWidth
 from fedseg.coordinator.state import reader
 from fedseg.errors import StoreError
 from fedseg.federated.store import RunStore
+from fedseg.report.card import Exported, write_exported_card
 from fedseg.report.document import Bullets, Code, Facts, Paragraph, Report, Section, Table
 from fedseg.report.drawing import drawing_of
 from fedseg.report.evidence import Difference, difference, in_short, interval, unknown
@@ -252,6 +253,35 @@ def test_a_card_lies_beside_the_networks(written):
     assert "- B: T2-like contrast\n" in card
     assert "- X: low field, takes no part" in card
     assert "Not a medical device" in card
+
+
+def test_an_exported_network_takes_its_card_along(written, tmp_path):
+    exported = tmp_path / "net.pt2"
+    told = fedseg("export", written / "models" / "fedavg.safetensors", exported)
+    assert "MODEL_CARD.md" in told.stdout
+    card = (tmp_path / "MODEL_CARD.md").read_text()
+    assert f"| net.pt2 | {hashlib.sha256(exported.read_bytes()).hexdigest()} |" in card
+    assert "| made of models/fedavg.safetensors |" in card
+    assert "models/pooled" not in card
+    assert "- B: T2-like contrast\n" in card
+    assert "hospitals trained one network together" in card
+    assert str(tmp_path) not in card
+    assert str(written) not in card
+
+
+def test_a_model_file_by_itself_gets_a_card_that_says_what_it_does_not_know(written, tmp_path):
+    alone, graph = tmp_path / "alone.safetensors", tmp_path / "net.onnx"
+    shutil.copy(written / "models" / "fedavg.safetensors", alone)
+    graph.write_bytes(b"a graph")
+    card = write_exported_card(Exported(graph, alone))
+    text = card.read_text()
+    for said in ("# Model card: differ", "- Segments liver, spleen, kidneys in MR volumes", "- Trained with: not recorded",
+                 "it holds no scores", "| made of alone.safetensors |", "Not a medical device"):  # fmt: skip
+        assert said in text
+    write_exported_card(Exported(graph, alone))  # its own card it may write anew
+    card.write_text("# Our network\n")
+    assert write_exported_card(Exported(graph, alone)) is None
+    assert card.read_text() == "# Our network\n"
 
 
 def test_the_report_of_a_study_knows_sums_only(tmp_path):

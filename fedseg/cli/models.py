@@ -40,9 +40,10 @@ def export(
     model: Annotated[Path, typer.Argument(help="Model file, or a result directory: its federated model.")],
     output: Annotated[Path, typer.Argument(help="File to write: .onnx or .pt2.")],
 ) -> None:
-    """Write a trained network's inference graph for ONNX runtimes or torch.export.load."""
-    from fedseg.model_file import load_model_file
+    """Write a trained network's inference graph for ONNX runtimes or torch.export.load, and its MODEL_CARD.md beside it."""
+    from fedseg.model_file import load_model_file, model_path
     from fedseg.models.export import export_model
+    from fedseg.report.card import NAME, Exported, write_exported_card
     from fedseg.report.words import counted
 
     experiment, network = load_model_file(model)
@@ -50,6 +51,9 @@ def export(
     size = "×".join(map(str, experiment.training.patch_size))
     channels = counted(experiment.in_channels, "channel")
     typer.echo(f"{output}: patches of {size} voxels, {channels}, any batch size")
+    source = model_path(model, "federated") if model.is_dir() else model
+    card = write_exported_card(Exported(output, source))
+    typer.echo(card or f"{output.parent / NAME}: is no card of fedseg's, and stays as it is")
 
 
 def _rows() -> list[dict[str, Any]]:

@@ -2,23 +2,62 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from fedseg.case_rows import CaseRow, read_scores
+from fedseg.federated.checkpoint import write_durably
 from fedseg.report.evidence import Result, in_short, unknown
-from fedseg.report.provenance import software_of
+from fedseg.report.provenance import UNKNOWN, software_of
 from fedseg.report.tables import load_result
 from fedseg.report.words import counted
 
 NAME = "MODEL_CARD.md"
 
 
-def model_card(directory: Path) -> str:
+HEADING = "# Model card: "
+USE = "Research on federated segmentation. Not a medical device: not for diagnosis or treatment."
+TRACES = (
+    "Weights can hold traces of the persons they were trained on. Clipping and noise (`[privacy]`) lower the risk; see "
+    "docs/privacy.md."
+)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An inference graph, and the model file that it was made of."""
+
+    graph: Path
+    model: Path
+
+
+def write_exported_card(exported: Exported) -> Path | None:
+    """Write the card of an exported network beside it.
+
+    Returns:
+        The card; None if another text lies in its place, which stays as it is.
+
+    Raises:
+        ModelError: the model file is damaged.
+        StoreError: the result directory in which it lies is.
+    """
+    path = exported.graph.parent / NAME
+    if path.exists() and not path.read_text(encoding="utf-8", errors="replace").startswith(HEADING):
+        return None
+    directory = _run_of(exported.model)
+    finished = directory is not None and (directory / "result.json").exists()
+    text = model_card(directory, exported) if directory is not None and finished else _plain_card(exported, directory)
+    write_durably(path, text.encode())
+    return path
+
+
+def model_card(directory: Path, exported: Exported | None = None) -> str:
     """The card of a finished simulation's networks, as Markdown.
 
     Args:
         directory: the result directory.
+        exported: the one network that it is to be about, elsewhere; absent: all in `models/`.
 
     Raises:
         StoreError: it holds no finished simulation.
@@ -30,7 +69,7 @@ def model_card(directory: Path) -> str:
     model, training = result["model"], experiment["training"]
     cases = sum(counts["training_cases"] for counts in result["sites"].values())
     parts = [
-        f"# Model card: {result['name']}",
+        f"{HEADING}{result['name']}",
         "## Model details",
         f"- Network: {model['name']} {model['preset'] or ''}".rstrip(),
         f"- Segments {', '.join(labels)} in {experiment['task']['modality'].upper()} volumes",
@@ -39,9 +78,9 @@ def model_card(directory: Path) -> str:
         f"patches of {' x '.join(map(str, training['patch_size']))} voxels",
         f"- Experiment: SHA-256 {result['experiment_digest']}",
         "",
-        _files(directory),
+        _files(directory) if exported is None else _graph(exported, directory),
         "## Intended use",
-        "Research on federated segmentation. Not a medical device: not for diagnosis or treatment.",
+        USE,
         "## Factors",
         _factors(result),
         "## Metrics",
@@ -56,12 +95,52 @@ def model_card(directory: Path) -> str:
         _scores(result),
         "\n".join(f"- {sentence}" for sentence in in_short(result, rows)),
         "## Ethical considerations",
-        "Weights can hold traces of the persons they were trained on. Clipping and noise (`[privacy]`) lower the risk; see "
-        "docs/privacy.md.",
+        TRACES,
         "## Caveats and recommendations",
         "\n".join(f"- {sentence}" for sentence in unknown(result, rows)),
     ]
     return "\n".join(_spaced(parts)) + "\n"
+
+
+def _plain_card(exported: Exported, directory: Path | None) -> str:
+    """What the model file alone tells, and the store of the run directory that it lies in."""
+    from fedseg.model_file import read_model_file
+
+    file = read_model_file(exported.model)
+    experiment = file.experiment
+    parts = [
+        f"{HEADING}{experiment.name}",
+        "## Model details",
+        f"- Network: {experiment.model.name} {experiment.model.preset or ''}".rstrip(),
+        f"- Segments {', '.join(experiment.task.structures)} in {experiment.task.modality.upper()} volumes",
+        f"- Trained with: {UNKNOWN if directory is None else software_of(directory)}",
+        f"- Run {file.origin}: {counted(experiment.federation.rounds, 'round')}, seed {experiment.seed}, "
+        f"{experiment.training.optimizer}, patches of {' x '.join(map(str, experiment.training.patch_size))} voxels",
+        f"- Experiment: SHA-256 {experiment.digest()}",
+        "",
+        _graph(exported, directory),
+        "## Intended use",
+        USE,
+        "## Factors",
+        "The model file does not tell which scanners and annotators it was trained on.",
+        "## Evaluation data",
+        "None that the model file knows of: it holds no scores. `fedseg evaluate` makes some.",
+        "## Training data",
+        "The model file tells neither how many cases nor from where.",
+        "## Ethical considerations",
+        TRACES,
+        "## Caveats and recommendations",
+        "Before any use, score it on images like those that it is for. Nobody has tried these networks on patients.",
+    ]
+    return "\n".join(_spaced(parts)) + "\n"
+
+
+def _run_of(model: Path) -> Path | None:
+    """The run directory in whose `models` folder a file lies."""
+    for folder in model.resolve().parents:
+        if folder.name == "models" and (folder.parent / "store.sqlite").exists():
+            return folder.parent
+    return None
 
 
 def _spaced(parts: Sequence[str]) -> list[str]:
@@ -74,7 +153,18 @@ def _spaced(parts: Sequence[str]) -> list[str]:
 
 def _files(directory: Path) -> str:
     paths = sorted((directory / "models").rglob("*.safetensors"))
-    lines = [f"| {path.relative_to(directory)} | {hashlib.sha256(path.read_bytes()).hexdigest()} |" for path in paths]
+    return _hashes((str(path.relative_to(directory)), path) for path in paths)
+
+
+def _graph(exported: Exported, directory: Path | None) -> str:
+    """The graph, and the file that it was made of as it is called in its run."""
+    model = exported.model.resolve()
+    name = model.name if directory is None else str(model.relative_to(directory))
+    return _hashes([(exported.graph.name, exported.graph), (f"made of {name}", exported.model)])
+
+
+def _hashes(files: Iterable[tuple[str, Path]]) -> str:
+    lines = [f"| {name} | {hashlib.sha256(path.read_bytes()).hexdigest()} |" for name, path in files]
     return "\n".join(["| file | SHA-256 |", "| --- | --- |", *lines])
 
 
