@@ -158,7 +158,7 @@ def personalise_file(site: SiteConfig, source: Path, target: Path, epochs: int) 
     torch.set_num_threads(site.threads)
     model = read_model_file(source)
     found = personalise(Site(site), model, epochs)
-    origin = f"{model.origin}, {found.epochs} epochs at {site.name}"
+    origin = f"{model.origin}, {found.kept}, at {site.name}"
     save_model_file(target, model.experiment, found.weights, origin, site=site.name, fingerprint=model.fingerprint)
     return found
 

@@ -39,7 +39,7 @@ def personalise(
         from fedseg.simulation import personalise_file
 
         found = personalise_file(config, source, output, epochs)
-        tried = ", ".join(f"{dice:.4f}" for dice in found.dice)
-        typer.echo(f"mean Dice of the validation persons after 0, 1, ... epochs: {tried}")
-        typer.echo(f"kept: {f'{found.epochs} epochs of its own' if found.epochs else 'the model of the federation'}")
+        for candidate in found.tried:
+            typer.echo(f"{candidate.mean:.4f} mean Dice of the validation persons: {candidate}")
+        typer.echo(f"kept: {found.kept}")
     typer.echo(f"{output}: the network of {config.name}; it does not leave this site")

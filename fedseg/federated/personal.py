@@ -1,8 +1,10 @@
 """A site goes on alone from the federation's model, and keeps what that gives only if its validation cases say so.
 
 Fine-tuning by local epochs is the plainest personalisation there is (Wang et al., arXiv 1910.10252); its danger is a site that
-overfits what little it has. So the epochs are candidates, and the federation's model is the one to beat: a personal model wins if
-its mean gain over the validation persons is beyond chance (Student's t, one-sided, 95 %). Nothing of it leaves the site.
+overfits what little it has. Halfway between both models, in their weights, most of the gain is left and little of the danger
+(WiSE-FT, Wortsman et al., arXiv 2109.01903). So both are candidates after each epoch, and the federation's model is the one to
+beat: halfway wins with a higher mean over the validation persons, all the way only with a gain beyond chance (Student's t,
+one-sided, 95 %). Nothing of it leaves the site.
 """
 
 import math
@@ -10,6 +12,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from scipy import stats
 
 from fedseg.data.augment import mirror_pairs
@@ -31,15 +34,41 @@ RATE = 0.3
 """Learning rate of the epochs, as a share of the experiment's first one."""
 
 
+HALFWAY = 0.5
+"""Share of the site's own weights in the mean of both."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model that a site could keep."""
+
+    epochs: int
+    """Of its own; 0: the federation's model."""
+    share: float
+    """Of its own weights, 1 or `HALFWAY`; the rest is the federation's."""
+    dice: dict[str, float]
+    """By validation person."""
+
+    @property
+    def mean(self) -> float:
+        """Mean Dice over the validation persons; NaN without any."""
+        return statistics.fmean(self.dice.values()) if self.dice else math.nan
+
+    def __str__(self) -> str:
+        if not self.epochs:
+            return "the model of the federation"
+        way = "halfway to " if self.share == HALFWAY else ""
+        return f"{way}{self.epochs} {'epoch' if self.epochs == 1 else 'epochs'} of its own"
+
+
 @dataclass(frozen=True)
 class Personal:
     """What a site has chosen."""
 
     weights: Weights
-    epochs: int
-    """Of its own, in what it keeps; 0: the federation's model."""
-    dice: tuple[float, ...]
-    """Mean Dice over its validation persons after 0, 1, ... epochs of its own; NaN without any."""
+    kept: Candidate
+    tried: tuple[Candidate, ...]
+    """The federation's model first."""
 
 
 def personalise(site: Site, model: ModelFile, epochs: int) -> Personal:
@@ -55,7 +84,7 @@ def personalise(site: Site, model: ModelFile, epochs: int) -> Personal:
     training = experiment.training.model_copy(
         update={"schedule": "constant", "learning_rate": RATE * experiment.training.learning_rate}
     )
-    network = new_model(experiment).to(device)
+    network, scored = (new_model(experiment).to(device) for _ in range(2))
     put_weights(network, model.weights)
     sampler = PatchSampler(
         data.training.cases,
@@ -65,14 +94,16 @@ def personalise(site: Site, model: ModelFile, epochs: int) -> Personal:
         experiment.slicing,
     )
 
-    def by_person() -> dict[str, float]:
+    def by_person(weights: Weights) -> dict[str, float]:
+        put_weights(scored, weights)
         scores = evaluate(
-            network, data.validation.cases, experiment.task.structures, experiment.evaluation, training.patch_size,
+            scored, data.validation.cases, experiment.task.structures, experiment.evaluation, training.patch_size,
             device=device, precision=training.precision, slicing=experiment.slicing,
         ).by_person()  # fmt: skip
         return {person: statistics.fmean(dice) for person, dice in scores.items()}
 
-    scores, candidates = [by_person()], [model.weights]
+    tried = [Candidate(0, 0.0, by_person(model.weights))]
+    found: list[Weights] = [model.weights]
     for epoch in range(epochs):
         site.watch("personalising", epoch, epochs)
         seed_everything(derive_seed(experiment.seed, "personal", epoch, name))
@@ -80,29 +111,50 @@ def personalise(site: Site, model: ModelFile, epochs: int) -> Personal:
             train_locally(network, sampler.epoch(epoch), training, device=device)
         except TrainingDiverged:
             break  # what came before it can still be chosen
-        candidates.append(take_weights(network))
-        scores.append(by_person())
-    kept = choose(scores)
-    means = tuple(statistics.fmean(dice.values()) if dice else math.nan for dice in scores)
-    return Personal(candidates[kept], kept, means)
+        own = take_weights(network)
+        for share in (HALFWAY, 1.0):
+            found.append(mixed(model.weights, own, share))
+            tried.append(Candidate(epoch + 1, share, by_person(found[-1])))
+    kept = choose(tried)
+    return Personal(found[kept], tried[kept], tuple(tried))
 
 
-def choose(scores: Sequence[dict[str, float]]) -> int:
+def mixed(first: Weights, second: Weights, share: float) -> Weights:
+    """A mean of two models' weights; counters are the second's.
+
+    Args:
+        first: of one model.
+        second: of the other one, same names and shapes.
+        share: of the second, in [0, 1].
+    """
+    return {
+        name: ((1 - share) * first[name] + share * tensor).astype(tensor.dtype)
+        if np.issubdtype(tensor.dtype, np.floating)
+        else tensor
+        for name, tensor in second.items()
+    }
+
+
+def choose(tried: Sequence[Candidate]) -> int:
     """Which of several models a site keeps.
 
     Args:
-        scores: Dice by validation person, of the federation's model first.
+        tried: the federation's model first.
 
     Returns:
-        The number of the best one whose mean gain is beyond chance; 0 with fewer than two persons.
+        The number of the one with the largest mean gain, among those that may win; 0 if none may, or nobody validates.
     """
-    shared = scores[0]
+    shared = tried[0].dice
     best, gain = 0, 0.0
-    for number, own in enumerate(scores[1:], start=1):
-        gains = [own[person] - dice for person, dice in shared.items()]
-        if len(gains) < 2:
-            return 0
-        mean, error = statistics.fmean(gains), statistics.stdev(gains) / math.sqrt(len(gains))
-        if mean > max(gain, float(stats.t.ppf(LEVEL, len(gains) - 1)) * error):
-            best, gain = number, mean
+    for number, candidate in enumerate(tried[1:], start=1):
+        gains = [candidate.dice[person] - dice for person, dice in shared.items()]
+        if gains and statistics.fmean(gains) > max(gain, 0.0 if candidate.share < 1 else _chance(gains)):
+            best, gain = number, statistics.fmean(gains)
     return best
+
+
+def _chance(gains: Sequence[float]) -> float:
+    """Mean gain that chance alone exceeds once in twenty times."""
+    if len(gains) < 2:
+        return math.inf
+    return float(stats.t.ppf(LEVEL, len(gains) - 1)) * statistics.stdev(gains) / math.sqrt(len(gains))
