@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy.special import stdtrit
 
 from fedseg.data.augment import mirror_pairs
 from fedseg.data.patches import PatchSampler
@@ -157,4 +157,4 @@ def _chance(gains: Sequence[float]) -> float:
     """Mean gain that chance alone exceeds once in twenty times."""
     if len(gains) < 2:
         return math.inf
-    return float(stats.t.ppf(LEVEL, len(gains) - 1)) * statistics.stdev(gains) / math.sqrt(len(gains))
+    return float(stdtrit(len(gains) - 1, LEVEL)) * statistics.stdev(gains) / math.sqrt(len(gains))
