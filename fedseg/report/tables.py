@@ -95,16 +95,17 @@ def site_table(results: Sequence[Result]) -> Table:
     methods, hospitals = methods_of(first), first.get("hospitals", {})
     left_out = any(result.get("leave_one_out") for result in results)
     table = Table(title="Dice by site", title_justify="left")
-    headings = ["site", *(["scanner", "annotator"] if hospitals else []), "training cases", *methods]
-    for heading in headings + (["without it"] if left_out else []):
-        table.add_column(heading, justify="left" if heading in ("site", "scanner", "annotator") else "right")
+    kinds = [kind for kind in ("scanner", "annotator") if any(hospital.get(kind) for hospital in hospitals.values())]
+    broken = [method.replace("-", "-\n") for method in methods]  # many methods make a wide table
+    for heading in ("site", *kinds, "training\ncases", *broken, *(["without\nit"] if left_out else [])):
+        table.add_column(heading, justify="left" if heading in ("site", *kinds) else "right")
     unseen = {site: None for method in methods for site in first["final"][method].get("unseen", {})}
     for site in (*first["sites"], *unseen):
-        about = [hospitals.get(site, {}).get(key) or "" for key in ("scanner", "annotator")] if hospitals else []
+        about = [hospitals.get(site, {}).get(kind) or "" for kind in kinds]
         counts = [float(result["sites"][site]["training_cases"]) for result in results] if site not in unseen else []
         part = "unseen" if site in unseen else "sites"
         dice = [[result["final"][method].get(part, {}).get(site) for result in results] for method in methods]
-        cells = [*about, spread(counts, 0) or "takes no part", *(spread(values, 3) for values in dice)]
+        cells = [*about, spread(counts, 0) or "no part", *(spread(values, 3) for values in dice)]
         if left_out:
             cells.append(spread([result["leave_one_out"].get(site) for result in results], 3))
         table.add_row(site, *cells)
