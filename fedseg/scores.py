@@ -1,5 +1,6 @@
 """Scores of final models on test cases, and the figures that compare methods: R, W and G."""
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import astuple
@@ -9,10 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedseg.case_rows import CaseRow as CaseRow
-from fedseg.case_rows import mean as mean
-from fedseg.case_rows import read_scores as read_scores
-from fedseg.case_rows import write_scores as write_scores
+from fedseg.case_rows import CaseRow, mean, read_scores, write_scores
 from fedseg.config import Experiment
 from fedseg.data.features import prepare_aligned
 from fedseg.data.preprocess import PreparedCase
@@ -53,6 +51,39 @@ def score_model(
             known[same] = _score(model, experiment, cases, (view or sites[name]).device)
         rows += [CaseRow(run, name, *key, *astuple(score)) for key, score in known[same].items()]
     return rows
+
+
+def score_once(
+    kept: Path, model_file: Path, run: str, experiment: Experiment, layout: Layout, hospitals: Sequence[str]
+) -> list[CaseRow]:
+    """The same, or what an earlier start has left of it: it may have been killed, or a method may have been added since.
+
+    Args:
+        kept: folder of the rows of each model, by a digest of it, of the cases' files and of all settings.
+        model_file: the model.
+        run: its name in the rows.
+        experiment: says how cases are prepared.
+        layout: has the cases.
+        hospitals: for whom.
+    """
+    path = kept / f"{run}-{_digest(model_file, experiment, layout, hospitals)}.csv"
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        write_scores(path, score_model(model_file, run, experiment, layout, hospitals))
+    return read_scores(path)
+
+
+def _digest(model_file: Path, experiment: Experiment, layout: Layout, hospitals: Sequence[str]) -> str:
+    digest, sites = hashlib.sha256(model_file.read_bytes()), {site.name: site for site in layout.sites}
+    for name in hospitals:
+        site = layout.scored_on(name) or sites[name]
+        digest.update(site.model_dump_json(exclude={"device", "threads", "data", "cache", "state"}).encode())
+        for case in Site(site).cohort().cases:
+            for file in (*case.images, *([case.label] if case.label else [])):
+                about = file.stat() if file.exists() else None
+                digest.update(f"{file.name} {about and (about.st_size, about.st_mtime_ns)}\n".encode())
+    digest.update(experiment.to_json().encode())
+    return digest.hexdigest()[:20]
 
 
 def summarise(scenario: Scenario, layout: Layout, rows: Sequence[CaseRow], output: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import torch
 
 from fedseg import logs
+from fedseg.case_rows import CaseRow, write_scores
 from fedseg.config import Experiment
 from fedseg.errors import StoreError
 from fedseg.federated.checkpoint import load_state, write_durably
@@ -30,7 +31,7 @@ from fedseg.federated.sites import OpenSites, PooledSite, answer_safely
 from fedseg.federated.store import RunStore
 from fedseg.model_file import model_path, read_model_file, save_model_file, site_model_path
 from fedseg.scenario import Layout, Scenario, lay_out, personal
-from fedseg.scores import CaseRow, score_model, summarise, write_scores
+from fedseg.scores import score_once, summarise
 from fedseg.site.config import SiteConfig
 
 Engine = Literal["local", "flower"]
@@ -365,9 +366,9 @@ def _score_all(
         if len(models) == 1 and len(layout.sites) == len(next(iter(models.values()))):  # one network for everybody
             next(iter(models.values())).extend(layout.unseen)
         calls += [(path, run, experiment, layout, tuple(names)) for path, names in models.items()]
-    parts = _in_parallel(
-        score_model, calls, machine.workers, lambda finished: show.progress("evaluate", finished, len(calls))
-    )
+    score = partial(score_once, output / "scored")
+    watch = partial(show.progress, "evaluate", total=len(calls))
+    parts = _in_parallel(score, calls, machine.workers, watch)
     return [row for part in parts for row in part]
 
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from fedseg.case_rows import CaseRow, read_scores
 from fedseg.errors import StoreError
 from fedseg.report.tables import Result, load_result, methods_of
 from fedseg.robustness.paired import paired, person_means
 from fedseg.robustness.resampling import DRAWS, Estimate, Floats, Resampling, Value, estimate
-from fedseg.scores import CaseRow, read_scores
 
 Sites = dict[str, Floats]
 """Mean Dice by hospital: of the persons as they are, and of those drawn."""

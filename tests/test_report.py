@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from reportlab.pdfbase.pdfmetrics import stringWidth
 
+from fedseg.case_rows import CaseRow, read_scores
 from fedseg.coordinator.state import reader
 from fedseg.errors import StoreError
 from fedseg.federated.store import RunStore
@@ -31,7 +32,6 @@ from fedseg.report.round_charts import round_charts
 from fedseg.report.svg import to_svg
 from fedseg.report.words import counted
 from fedseg.report.write import write_report
-from fedseg.scores import CaseRow, read_scores
 from tests.coordinator.browser import Browser, chromium
 from tests.federated.toys import run_toy, toy_experiment
 from tests.test_heterogeneous import finished, folder  # noqa: F401 - fixtures

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from pypdf import PdfReader
 
+from fedseg.case_rows import read_scores
 from fedseg.report.evidence import interval
 from fedseg.report.write import write_report
-from fedseg.scores import read_scores
 from tests.coordinator.browser import Browser, chromium
 from tests.test_heterogeneous import finished, folder  # noqa: F401 - fixtures
 from tests.test_simulation import fedseg

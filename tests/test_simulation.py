@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 from typer import Typer
 from typer.testing import CliRunner
 
+from fedseg.case_rows import read_scores
 from fedseg.cli import app
 from fedseg.cli.personalise import personalise
 from fedseg.data.volume import read_image, read_label
@@ -26,7 +28,7 @@ from fedseg.model_file import load_model_file, read_model_file
 from fedseg.report.figures import draw_figures
 from fedseg.report.tables import load_result
 from fedseg.scenario import Layout, load_scenario
-from fedseg.scores import read_scores, score_model
+from fedseg.scores import score_model
 from fedseg.simulation import Machine, discard, simulate
 from tests.federated.toys import same
 
@@ -177,6 +179,24 @@ def test_an_interrupted_simulation_goes_on_to_the_same_result(finished, scenario
     fedseg("simulate", scenario, "--output", output, expect=2)  # without --resume nothing is touched
     fedseg("simulate", scenario, "--output", output, "--resume", "--workers", "2")
     assert load_result(output)["final"] == load_result(finished)["final"]
+
+
+def test_a_method_is_added_and_only_it_is_trained_and_scored(finished, scenario, tmp_path):
+    output = tmp_path / "out"
+    shutil.copytree(finished, output)
+    more = tmp_path / "tiny.toml"
+    more.write_text(
+        scenario.read_text().replace("[methods.prox]", "[methods.uniform]\nweighting = 'uniform'\n[methods.prox]")
+    )
+    before = {path.name: path.stat().st_mtime_ns for path in (output / "scored").iterdir()}
+    assert {name.rpartition("-")[0] for name in before} == set(RUNS)
+    fedseg("simulate", more, "--output", output, "--resume", "--workers", "1", "--no-report")
+    after = {path.name: path.stat().st_mtime_ns for path in (output / "scored").iterdir()}
+    assert {name: after[name] for name in before} == before
+    assert {name.rpartition("-")[0] for name in set(after) - set(before)} == {"uniform"}
+    result = load_result(output)["final"]
+    assert {name: result[name] for name in load_result(finished)["final"]} == load_result(finished)["final"]
+    assert set(result) == {"federated", "uniform", "prox", "pooled", "local"}
 
 
 def test_a_terminated_simulation_leaves_no_process_behind(scenario, tmp_path):

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from fedseg.case_rows import CaseRow, write_scores
 from fedseg.cli import app
 from fedseg.errors import ConfigError, StoreError
 from fedseg.report.study_tables import difference_table, expected_table, interval_table
 from fedseg.report.tables import load_result
 from fedseg.scenario import load_scenario
-from fedseg.scores import CaseRow, headline, summary, write_scores
+from fedseg.scores import headline, summary
 from fedseg.study import Study
 
 PERSONS = [f"person-{number}" for number in range(8)]

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
+from fedseg.case_rows import read_scores
 from fedseg.cli import app
 from fedseg.data.cohort import read_cohort
 from fedseg.data.phantom import PhantomConfig, write_phantoms
@@ -23,7 +24,6 @@ from fedseg.robustness.evaluation import Machine, Question, evaluate_model, eval
 from fedseg.robustness.networks import Network, Row
 from fedseg.robustness.store import RobustnessStore
 from fedseg.scenario import load_scenario
-from fedseg.scores import read_scores
 from fedseg.simulation import Machine as Simulator
 from fedseg.simulation import simulate
 
