@@ -5,7 +5,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -41,7 +40,7 @@ def stub(config):
 
 
 def ask(config, document=None, *, train=True, **options):
-    with Connection(Path(config.socket), patience=30) as connection:
+    with Connection(Path(config.socket), patience=90) as connection:
         return connection.ask(asked() if document is None else document, train=train, **options)
 
 
@@ -344,42 +343,31 @@ def start(config):
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_running_round_and_the_process(config, number):
+def test_whoever_asked_a_service_that_ended_is_answered_by_the_next_one_with_the_same_bits(config, tmp_path):
+    """One service is killed in training, the next is told to end in training, the third one answers."""
+    training = LONG.training.model_copy(update={"steps_per_epoch": 100})
+    slow = LONG.model_copy(update={"training": training, "name": "slow"})
     process = start(config)
-    with stub(config) as site, ThreadPoolExecutor(1) as callers:
-        running = callers.submit(lambda: list(site.RunRound(cut(asked(LONG)))))
-        wait_until(lambda: is_training(config))
-        process.send_signal(number)
-        assert process.wait(timeout=60) == 0
-        assert running.exception().code() == grpc.StatusCode.UNAVAILABLE
-    assert [entry["decided"] for entry in logged(config)] == ["cancelled"]
-    assert len(logged(config, "stopped")) == 1
-    assert not Path(config.socket).exists()
-
-
-@pytest.mark.integration
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_whoever_asked_a_service_that_ended_is_answered_by_the_next_one_with_the_same_bits(config, tmp_path, number):
-    slow = LONG.model_copy(
-        update={"training": LONG.training.model_copy(update={"steps_per_epoch": 150}), "name": "slow"}
-    )
-    process, seen = start(config), threading.Event()
-
-    def on_progress(progress):
-        if progress.phase == "training" and progress.done:
-            seen.set()
-
     with ThreadPoolExecutor(1) as callers:
-        running = callers.submit(ask, config, asked(slow), on_progress=on_progress)
-        assert seen.wait(60)
-        process.send_signal(number)
-        process.wait(timeout=60)
+        running = callers.submit(ask, config, asked(slow))
+        wait_until(lambda: is_training(config))
+        process.kill()
+        assert process.wait(timeout=60) == -signal.SIGKILL
+
+        process = start(config)
+        wait_until(lambda: is_training(config))
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 0
+        assert [entry["decided"] for entry in logged(config)] == ["cancelled"]
+        assert len(logged(config, "stopped")) == 1
+        assert not Path(config.socket).exists()
+
         process = start(config)
         try:
             update = decoded(running.result(timeout=120))
         finally:
-            process.terminate()
-            process.wait(timeout=60)
+            process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 0
     assert same(update, directly(config, tmp_path, instructions(slow)))
-    assert logged(config)[-1]["decided"] == "allowed"
+    assert [entry["decided"] for entry in logged(config)] == ["cancelled", "allowed"]
+    assert len(logged(config, "stopped")) == 2

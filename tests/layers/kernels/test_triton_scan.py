@@ -85,7 +85,7 @@ def small_programs(large_chunks, monkeypatch):
 @needs_kernels
 @pytest.mark.parametrize(
     ("batch", "tokens", "channels"),
-    [(2, 1, 5), (1, 2, 33), (1, 7, 3), (2, 67, 3), (1, 130, 3)],
+    [(2, 1, 5), (1, 2, 33), (1, 7, 3), (1, 130, 3)],
     ids=lambda n: str(n),
 )
 @pytest.mark.usefixtures("large_chunks")
@@ -94,7 +94,7 @@ def test_values_and_gradients_are_those_of_the_definition(batch, tokens, channel
 
 
 @needs_kernels
-@pytest.mark.parametrize("tokens", [3, 26, 96])
+@pytest.mark.parametrize("tokens", [3, 50])  # chunks of one token and of four, the last of them shorter
 def test_extreme_decays_and_keys_neither_overflow_nor_lose_digits(tokens, monkeypatch):
     monkeypatch.setattr(triton_scan, "_ROWS", 2)  # more groups of fewer rows, which is less to interpret
     decays = torch.tensor([0.0, 5.0, -5.0, 30.0, 200.0, -200.0, 300.0, -300.0])
@@ -141,20 +141,19 @@ def test_decays_and_bonuses_beyond_the_bound_count_as_the_bound_and_have_no_grad
 @pytest.mark.usefixtures("small_programs")
 def test_rows_may_lie_anywhere_in_memory():
     k, v, decay, first = inputs(2, 12, 6)
-    wide = torch.stack([k, v, torch.ones_like(k)], dim=2).flatten(2)  # (B, T, 3C): slices of one projection
+    wide = torch.stack([v, k, torch.ones_like(k)], dim=2).flatten(2)  # (B, T, 3C): slices of one projection
     transposed = v.mT.contiguous().mT
-    gy = torch.randn(2, 6, 12, generator=torch.Generator().manual_seed(1)).to(DEVICE).mT
+    gy = torch.stack([k, v], dim=2).flatten(2)[..., 6:]
     expected = with_gradients(bi_wkv_triton, [k, v, decay, first], gy.contiguous())
-    for strided in ([wide[..., :6], wide[..., 6:12]], [k, transposed]):
-        found = with_gradients(bi_wkv_triton, [*strided, decay, first], gy)
-        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    found = with_gradients(bi_wkv_triton, [wide[..., 6:12], transposed, decay, first], gy)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @needs_kernels
 @pytest.mark.usefixtures("small_programs")
 def test_an_expanded_gradient_is_as_good_as_any():
-    tensors = inputs(1, 9, 3)
-    assert_close(tensors, relative=1e-5, gy=torch.ones(1, 1, 1, device=DEVICE).expand(1, 9, 3))
+    tensors = inputs(1, 5, 3)
+    assert_close(tensors, relative=1e-5, gy=torch.ones(1, 1, 1, device=DEVICE).expand(1, 5, 3))
     leaves = [x.requires_grad_() for x in tensors]
     bi_wkv_triton(*leaves).sum().backward()
     assert all(bool(leaf.grad.isfinite().all()) for leaf in leaves)
@@ -164,7 +163,7 @@ def test_an_expanded_gradient_is_as_good_as_any():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.usefixtures("small_programs")
 def test_half_precision_is_rounded_once(dtype):
-    k, v, decay, first = inputs(1, 12, 3)
+    k, v, decay, first = inputs(1, 7, 3)
     tensors = [k.to(dtype), v.to(dtype), decay, first]
     gy = torch.randn(k.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
     found = with_gradients(bi_wkv_triton, tensors, gy)
