@@ -13,6 +13,18 @@ Figure = Literal["dice", "worst_site", "unseen", "R", "W", "G", "unseen_gain"]
 hospitals have more than with the pooled model) in Dice points."""
 
 
+FIGURES: dict[Figure, tuple[str, int]] = {
+    "dice": ("Dice", 3),
+    "worst_site": ("worst site", 3),
+    "unseen": ("unseen", 3),
+    "R": ("R %", 1),
+    "W": ("W pt", 1),
+    "G": ("G pt", 1),
+    "unseen_gain": ("unseen against pooled pt", 1),
+}
+"""What each figure is called, and its decimals."""
+
+
 class Expected(Section):
     """A figure that was measured before."""
 

@@ -117,6 +117,21 @@ def test_the_summary_says_who_gains_who_loses_and_what_the_unseen_get():
     assert "each hospital sent 10 MB of weight differences in 3 rounds" in text
 
 
+def test_the_summary_says_which_of_several_methods_serves_the_worst_hospital_best():
+    better = {"dice_worst_site": 0.65, "worst_site": "A"}
+    several = RESULT | {"headline": RESULT["headline"] | {"other": {"R": 0.95}}}
+    several["final"] = RESULT["final"] | {"other": better}
+    scores = made_up() + rows("other", "A", [0.9] * 4) + rows("other", "B", [0.9] * 4)
+    text = " ".join(in_short(several, scores))
+    assert (
+        "Of 2 methods, other serves its worst hospital best: 0.650 at A, with 95.0 % of pooled in the mean. Over all "
+        "hospitals it has +20.0 points" in text
+    )
+    several["final"] = RESULT["final"] | {"other": better | {"dice_worst_site": 0.5}}
+    assert "Of 2 methods, it serves its worst hospital best." in " ".join(in_short(several, scores))
+    assert "methods" not in " ".join(in_short(RESULT, made_up()))
+
+
 def test_what_is_not_known_is_said():
     text = " ".join(unknown(RESULT | {"final": {"fed": {}}}, made_up()))
     assert "Only 3 test persons: the intervals are wide" in text
@@ -244,6 +259,32 @@ def test_without_scores_of_cases_there_are_no_intervals(written, tmp_path):
     assert "2000 draws" not in page
     cases = json.loads((written / "result.json").read_text())["final"]["fedavg"]["cases"]
     assert f"On {cases} cases that no hospital had for training" in page
+
+
+def test_another_method_may_speak_for_the_federation(written, tmp_path):
+    fedseg("report", written, "--no-pdf", "--method", "fedavg-personal", "-o", tmp_path / "own.html")
+    dice = json.loads((written / "result.json").read_text())["final"]["fedavg-personal"]["dice_mean"]
+    told = "3 hospitals trained one network together, and each went on alone from it (fedavg-personal)."
+    page = (tmp_path / "own.html").read_text()
+    assert told in page
+    assert f"a mean Dice of {dice:.3f}" in page
+    refused = fedseg("report", written, "--method", "fedsgd", expect=2).stderr
+    assert "--method fedsgd: there is no such method; there are fedavg, fedavg-personal" in refused
+
+
+def test_what_the_scenario_expects_is_held_against_what_came_out(written, tmp_path):
+    shutil.copytree(written, tmp_path / "run")
+    result = json.loads((written / "result.json").read_text())
+    share = 100 * result["headline"]["fedavg"]["R"]
+    result["expected"] = {
+        "fedavg": {"R": {"value": share + 1, "tolerance": 1.5}, "dice": {"value": 2.0, "tolerance": 0.5}}
+    }
+    (tmp_path / "run" / "result.json").write_text(json.dumps(result))
+    page = write_report(tmp_path / "run", pdf=False)[0].read_text()
+    assert f'{share + 1:.1f} ± 1.5</td><td class="number">{share:.1f}</td><td class="number">as expected' in page
+    assert "2.000 ± 0.500</td>" in page
+    assert "differs" in page
+    assert "expects" not in (written / "report.html").read_text()
 
 
 def test_a_card_lies_beside_the_networks(written):

@@ -13,10 +13,13 @@ def report(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="HTML file; absent: report.html in the directory.")
     ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="Method that speaks for the federation; absent: the scenario's first.")
+    ] = None,
     pdf: Annotated[bool, typer.Option("--pdf/--no-pdf", help="Write the same as PDF beside it.")] = True,
 ) -> None:
     """Write a report that people read: one HTML file that works offline, and a PDF."""
     from fedseg.report.write import write_report
 
-    for path in write_report(directory, output, pdf=pdf):
+    for path in write_report(directory, output, method=method, pdf=pdf):
         typer.echo(path)

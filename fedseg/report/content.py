@@ -11,7 +11,8 @@ from typing import Any
 from fedseg.case_rows import CaseRow, read_scores
 from fedseg.coordinator.history import RoundStory, RunSummary, find_runs, rounds_of
 from fedseg.coordinator.state import reader
-from fedseg.errors import StoreError
+from fedseg.errors import ConfigError, StoreError
+from fedseg.expected import FIGURES, against_expected
 from fedseg.report import figures, robustness_figures
 from fedseg.report.document import Block, Bullets, Charts, Code, Facts, Paragraph, Photo, Report, Section, Table
 from fedseg.report.drawing import drawing_of
@@ -27,21 +28,23 @@ HOW = (
 )
 
 
-def report_on(directory: Path) -> Report:
+def report_on(directory: Path, method: str | None = None) -> Report:
     """The report on a run directory.
 
     Args:
         directory: a result directory of `fedseg simulate`, finished or not, or the run directory of a study.
+        method: which one of a simulation speaks for the federation; absent: the first.
 
     Raises:
         StoreError: it holds no run.
+        ConfigError: it has no such method.
     """
     runs = [run for run in find_runs(directory) if Path(run.directory) == directory]
     if not runs:
         raise StoreError(f"{directory}: holds no run store (store.sqlite); name a result directory")
     if not (directory / "result.json").exists():
         return _on_rounds(directory, runs)
-    result, scores = load_result(directory), directory / "scores.csv"
+    result, scores = _led_by(method, load_result(directory)), directory / "scores.csv"
     rows = read_scores(scores) if scores.exists() else []
     sections = [
         Section("In short", [Paragraph(" ".join(in_short(result, rows)[:1])), Bullets(in_short(result, rows)[1:])]),
@@ -59,6 +62,16 @@ def report_on(directory: Path) -> Report:
 
 
 # ------------------------------------------------------------------------------------------------- of a simulation
+def _led_by(method: str | None, result: Result) -> Result:
+    """The result with a method in front of the others."""
+    heads = result["headline"]
+    if method is None:
+        return result
+    if method not in heads:
+        raise ConfigError(f"--method {method}: there is no such method; there are {', '.join(heads)}")
+    return result | {"headline": {method: heads[method]} | heads}
+
+
 def _hospitals(result: Result, rows: Sequence[CaseRow]) -> list[Block]:
     method, hospitals = next(iter(result["headline"])), result.get("hospitals", {})
     final, left_out = result["final"], result.get("leave_one_out", {})
@@ -122,7 +135,19 @@ def _methods(result: Result, rows: Sequence[CaseRow]) -> list[Block]:
     return [
         _without_empty("Methods, on the same persons; the last column in Dice points", head, table),
         Paragraph(f"{CAPTION} W and G in Dice points (0.01)."),
+        *_expected(result),
     ]
+
+
+def _expected(result: Result) -> list[Block]:
+    rows = []
+    for row in against_expected([result]):
+        heading, digits = FIGURES[row["figure"]]
+        wanted = f"{row['value']:.{digits}f} ± {row['tolerance']:.{digits}f}"
+        verdict = "as expected" if row["met"] else "differs"
+        rows.append([row["method"], heading, wanted, _number(row["found"], 1, digits), verdict])
+    head = ["method", "figure", "expected", "found", ""]
+    return [Table("What the scenario's file expects, from earlier runs", head, rows, 2)] if rows else []
 
 
 def _rounds(directory: Path, result: Result, runs: Sequence[RunSummary]) -> list[Block]:

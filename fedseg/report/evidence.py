@@ -77,14 +77,16 @@ def in_short(result: Result, rows: Sequence[CaseRow]) -> list[str]:
         if "no site has" in result["test"]
         else "kept for validation at the hospitals"
     )
+    own = ", and each went on alone from it" if method.endswith("-personal") else ""
     sentences = [
-        f"{counted(len(sites), 'hospital')} trained one network together ({method}). "
+        f"{counted(len(sites), 'hospital')} trained one network together{own} ({method}). "
         f"On {tested} {where} it reaches a mean Dice of "
         f"{fed['dice_mean']:.3f} (95 % interval {fed['dice_ci95'][0]:.3f} to {fed['dice_ci95'][1]:.3f}; 1 would be perfect)."
     ]
     sentences += _against_pooled(result, rows, method, sites)
     sentences += _against_alone(result, rows, method, sites)
     sentences += _worst(result, method)
+    sentences += _best(result, rows, method, sites)
     sentences += _unseen(result, method)
     traffic = result["traffic"].get(method)
     if traffic:
@@ -163,6 +165,22 @@ def _worst(result: Result, method: str) -> list[str]:
         else f" Over all hospitals, {failed:.1f} % of the cases have a structure with a Dice below 0.5."
     )
     return [f"{sentence}.{tail}"]
+
+
+def _best(result: Result, rows: Sequence[CaseRow], method: str, sites: Sequence[str]) -> list[str]:
+    """Which of several methods serves its worst hospital best."""
+    heads, final = result["headline"], result["final"]
+    if len(heads) < 2:
+        return []
+    best = max(heads, key=lambda name: final[name]["dice_worst_site"])
+    of_them = f"Of {len(heads)} methods, {'it' if best == method else best} serves its worst hospital best"
+    if best == method:
+        return [f"{of_them}."]
+    found = difference(rows, best, method, sites)
+    share = heads[best].get("R")
+    sentence = f"{of_them}: {final[best]['dice_worst_site']:.3f} at {final[best]['worst_site']}"
+    sentence += f", with {100 * share:.1f} % of pooled in the mean" if share is not None else ""
+    return [f"{sentence}." + (f" Over all hospitals it has {found} against {method}." if found else "")]
 
 
 def _unseen(result: Result, method: str) -> list[str]:

@@ -6,31 +6,20 @@ from typing import Any
 from rich.table import Table
 
 from fedseg.errors import ConfigError
-from fedseg.expected import Figure, against_expected
+from fedseg.expected import FIGURES, against_expected
 from fedseg.report.tables import Result
 from fedseg.robustness.resampling import Estimate
 from fedseg.study import Study
-
-HEADINGS: dict[Figure, tuple[str, int]] = {
-    "dice": ("Dice", 3),
-    "worst_site": ("worst site", 3),
-    "unseen": ("unseen", 3),
-    "R": ("R %", 1),
-    "W": ("W pt", 1),
-    "G": ("G pt", 1),
-    "unseen_gain": ("unseen against\npooled pt", 1),
-}
-"""What each figure is called, and its decimals."""
 
 
 def interval_table(study: Study) -> Table:
     """One row per method: its figures with 95 % intervals."""
     table = Table(title="With 95 % intervals", title_justify="left")
-    shown = [figure for figure in HEADINGS if any(figure in found for found in study.figures.values())]
-    for heading in ("method", *(HEADINGS[figure][0] for figure in shown), "MB per site\nto 95 % of pooled"):
+    shown = [figure for figure in FIGURES if any(figure in found for found in study.figures.values())]
+    for heading in ("method", *(FIGURES[figure][0] for figure in shown), "MB per site\nto 95 % of pooled"):
         table.add_column(heading, justify="left" if heading == "method" else "right")
     for method, found in study.figures.items():
-        cells = (interval(found[figure], HEADINGS[figure][1]) if figure in found else "" for figure in shown)
+        cells = (interval(found[figure], FIGURES[figure][1]) if figure in found else "" for figure in shown)
         table.add_row(method, *cells, _megabytes(study.results, method))
     seeds = f" in each of {len(study.results)} seeds" if len(study.results) > 1 else ""
     table.caption = (
@@ -82,7 +71,7 @@ def expected_table(results: Sequence[Result]) -> Table | None:
         table.add_column(heading, justify="right")
     table.add_column("")
     for row in rows:
-        heading, digits = HEADINGS[row["figure"]]
+        heading, digits = FIGURES[row["figure"]]
         found = "not defined" if row["found"] is None else f"{row['found']:.{digits}f}"
         wanted = f"{row['value']:.{digits}f} ± {row['tolerance']:.{digits}f}"
         table.add_row(row["method"], heading, wanted, found, "as expected" if row["met"] else "[bold red]differs[/]")

@@ -9,12 +9,15 @@ from fedseg.report.content import report_on
 from fedseg.report.html import to_html
 
 
-def write_report(directory: Path, output: Path | None = None, *, pdf: bool = True) -> list[Path]:
+def write_report(
+    directory: Path, output: Path | None = None, *, method: str | None = None, pdf: bool = True
+) -> list[Path]:
     """Write a report.
 
     Args:
         directory: of the run.
         output: the HTML file; absent: `report.html` in the directory.
+        method: which one of a simulation speaks for the federation; absent: the first.
         pdf: write the same with the suffix `.pdf`, too.
 
     Returns:
@@ -22,8 +25,9 @@ def write_report(directory: Path, output: Path | None = None, *, pdf: bool = Tru
 
     Raises:
         StoreError: the directory holds no run, or the files cannot be written.
+        ConfigError: it has no such method.
     """
-    report = report_on(directory)
+    report = report_on(directory, method)
     target = output or directory / "report.html"
     paths = [target]
     try:
