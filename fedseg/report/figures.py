@@ -23,6 +23,9 @@ COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#f
 """Okabe and Ito's, which colour-blind people can tell apart."""
 POOLED, LOCAL = "#333333", "#999999"
 STRUCTURES = ("#ff5d5d", "#51d88a", "#5fa8ff", "#ffd54a", "#d88cff", "#4de0e0", "#ff9be0", "#b5e655")
+MARKERS = ("o", "s", "D", "^")
+FEW = 4
+"""Methods whose Dice bars can show, from zero; of more there are points, on a scale that begins below the lowest."""
 OVERLAY_ROWS = 5
 DPI = 130
 
@@ -115,14 +118,20 @@ def sites_figure(result: Result) -> Figure:
     sites = [*result["sites"], *unseen]
     places = np.arange(len(sites)) + np.array([0.6 * (site in unseen) for site in sites])
     figure, axis = _figure(max(6.0, 1.1 * len(sites) + 2), 4.2)
-    width = 0.8 / len(colours)
+    width, few, lowest = 0.8 / len(colours), len(colours) <= FEW, 1.0
     for number, (method, colour) in enumerate(colours.items()):
         final = result["final"][method]
         dice = [(final["sites"] | final.get("unseen", {})).get(site, math.nan) for site in sites]
         at = places + (number - (len(colours) - 1) / 2) * width
-        bars = axis.bar(at, dice, width * 0.92, color=colour, label=method)
-        if len(colours) <= 4:  # else the numbers would cover each other
-            axis.bar_label(bars, ["" if math.isnan(value) else f"{value:.2f}" for value in dice], fontsize=6, padding=1)
+        if few:
+            bars = axis.bar(at, dice, width * 0.92, color=colour, label=method)
+            names = ["" if math.isnan(value) else f"{value:.2f}" for value in dice]
+            axis.bar_label(bars, names, fontsize=6, padding=1)
+        else:
+            axis.plot(
+                at, dice, marker(number - len(colours) + len(result["headline"])), color=colour, label=method, ms=5
+            )
+        lowest = min(lowest, *(value for value in dice if not math.isnan(value)))
     labels = []
     for site in sites:
         size = "unseen" if site in unseen else counted(result["sites"][site]["training_cases"], "case")
@@ -131,8 +140,12 @@ def sites_figure(result: Result) -> Figure:
     axis.set_xticks(places, labels, fontsize=8 if hospitals else None)
     if unseen:
         axis.axvline(float(places[len(result["sites"])]) - 0.8, color="0.6", linewidth=0.8, linestyle=":")
-    axis.set_ylim(0, 1.12)
-    axis.set_yticks(np.linspace(0, 1, 6))
+    if few:
+        axis.set_ylim(0, 1.12)
+        axis.set_yticks(np.linspace(0, 1, 6))
+    else:
+        bottom, top = math.floor(20 * (lowest - 0.01)) / 20, axis.get_ylim()[1]
+        axis.set_ylim(bottom, top + 0.25 * (top - bottom))  # room for the legend
     axis.set(ylabel="mean Dice")
     axis.set_title(f"{result['name']}: who gains (scored on {result['test']})", loc="left")
     axis.legend(frameon=False, ncols=6, loc="upper left", fontsize=8, handlelength=1.2, columnspacing=1.2)
@@ -237,6 +250,11 @@ def method_colours(result: Result) -> dict[str, str]:
     shown = {"local": LOCAL, "pooled": POOLED}
     colours = {name: colour for name, colour in shown.items() if name in result["final"]}
     return colours | {method: COLOURS[number % len(COLOURS)] for number, method in enumerate(result["headline"])}
+
+
+def marker(number: int) -> str:
+    """Of the method of this number: colours come again, the two together do not."""
+    return MARKERS[number // len(COLOURS) % len(MARKERS)]
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Any]:
