@@ -102,21 +102,23 @@ def view(
 @app.command()
 def effects() -> None:
     """List what simulated scanners and annotators can do, with the strength of each severity."""
-    from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
+    from fedseg.cli.display import wide_console
     from fedseg.data.shift.catalogue import EFFECTS, HABITS, SEVERITIES
 
     def strengths(five: tuple[float, ...]) -> list[str]:
         return [f"{strength:g}" for strength in five]
 
-    console = Console()
-    scanners = Table("effect", "imitates", "strength is", *map(str, SEVERITIES), title="Scanners")
+    console = wide_console()
+    scanners = Table(Column("effect", no_wrap=True), "imitates", "strength is", *map(str, SEVERITIES), title="Scanners")
     for name, effect in EFFECTS.items():
         only = f" ({effect.modalities[0].upper()} only)" if len(effect.modalities) == 1 else ""
         scanners.add_row(name, effect.imitates + only, effect.unit, *strengths(effect.strengths))
     console.print(scanners)
-    annotators = Table("habit", "imitates", "strength is", *map(str, SEVERITIES), title="Annotators")
+    annotators = Table(
+        Column("habit", no_wrap=True), "imitates", "strength is", *map(str, SEVERITIES), title="Annotators"
+    )
     for name, habit in HABITS.items():
         annotators.add_row(name, habit.imitates, habit.unit, *strengths(habit.strengths))
     console.print(annotators)
@@ -125,16 +127,16 @@ def effects() -> None:
 @app.command()
 def profiles() -> None:
     """List the scanner profiles that come with the library; a TOML file of your own can stand wherever a name can."""
-    from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
+    from fedseg.cli.display import wide_console
     from fedseg.data.shift.profiles import shipped_profiles
 
-    table = Table("name", "modality", "imitates", "effects: severity (or strength)")
+    table = Table(Column("name", no_wrap=True), "modality", "imitates", "effects: severity (or strength)")
     for name, profile in shipped_profiles().items():
         doses = [f"{e.name} {e.severity or f'({e.amount:g})'}" for e in profile.effects]
         table.add_row(name, profile.modality.upper(), profile.description, ", ".join(doses))
-    Console().print(table)
+    wide_console().print(table)
 
 
 @app.command()

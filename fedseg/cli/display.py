@@ -23,6 +23,12 @@ ROWS_SHOWN = 12
 TICK_SECONDS = 0.25
 
 
+def wide_console() -> Console:
+    """The terminal; or, where the output goes elsewhere, lines long enough for any table."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=180)
+
+
 def show_rounds(console: Console, rounds: int) -> "RoundsDisplay | RoundsLog":
     """What shows a simulation: to people, or to whatever collects logs.
 

@@ -50,7 +50,7 @@ def predict(
     if not images.is_dir() and not output.name.endswith((".nii", ".nii.gz")):
         raise DataError(f"{output}: a label file must end in .nii or .nii.gz")
     place = pick_device(device)
-    configure(threads=_cores())
+    configure(threads=_threads())
     network.to(place)
     console, failed = Console(stderr=True), 0
     shown: Iterable[tuple[str, tuple[Path, ...]]] = cases.items()
@@ -168,7 +168,7 @@ def _score_once(model: Path, data: Path, person: str, device: str, csv: Path | N
 
     experiment, network, fingerprint = load_model(model)
     cohort = read_cohort(data, PersonRule.parse(person))
-    configure(threads=_cores())
+    configure(threads=_threads())
     console = Console()
     where = Path(default_cache())
     prepared = prepare_aligned(cohort, experiment.task, experiment.data, where, fingerprint, progress=True)
@@ -247,3 +247,11 @@ def _cores() -> int:
     from fedseg.cli.simulate import usable_cores
 
     return usable_cores()
+
+
+def _threads() -> int:
+    """What OMP_NUM_THREADS says; else one for each core."""
+    import os
+
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    return int(wanted) if wanted.isdigit() and int(wanted) > 0 else _cores()

@@ -27,8 +27,7 @@ def evaluate_robustness(
     Raises:
         ConfigError: a model file without data, or a result directory with other data than its own.
     """
-    from rich.console import Console
-
+    from fedseg.cli.display import wide_console
     from fedseg.data.cohort import PersonRule, read_cohort
     from fedseg.device import pick_device
     from fedseg.errors import ConfigError
@@ -36,9 +35,7 @@ def evaluate_robustness(
     from fedseg.report.robustness_tables import robustness_tables
     from fedseg.robustness.evaluation import NAME, Machine, evaluate_model, evaluate_run
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=140)
+    console = wide_console()
     machine = Machine(workers, str(pick_device(device)))
     if model.is_dir():
         if data is not None or output is not None:

@@ -92,8 +92,7 @@ def usable_cores() -> int:
 
 def _show(directories: list[Path], against: list[str] | None = None) -> int:
     """Print all tables; returns how many figures are not as expected."""
-    from rich.console import Console
-
+    from fedseg.cli.display import wide_console
     from fedseg.expected import against_expected
     from fedseg.report.study_tables import difference_table, expected_table, interval_table
     from fedseg.report.tables import comparison_table, load_result, method_table, robustness_table, site_table
@@ -103,9 +102,7 @@ def _show(directories: list[Path], against: list[str] | None = None) -> int:
     for directory in directories:
         studies.setdefault(load_result(directory)["name"], []).append(directory)
     found = {name: [load_result(directory) for directory in one] for name, one in studies.items()}
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=180)
+    console = wide_console()
     if len(studies) > 1:
         console.print(comparison_table(list(found.values())))
         return sum(not row["met"] for results in found.values() for row in against_expected(results))
