@@ -5,6 +5,10 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # several processes share the cores: threads of theirs would wait for each other
+
 
 @pytest.fixture(scope="session")
 def hippocampus():

@@ -12,8 +12,8 @@ NETWORKS = {
     "mlru++": {"base_width": 2, "depths": [1, 1], "n_res": 1},
     "unet": {"widths": [4, 6]},
     "dynunet": {"widths": [4, 6, 8]},
-    "rwkv-unet": {"depths": [1, 1, 2, 2], "widths": [6, 8, 12, 16], "stem_width": 4},
-    "rwkv-unet-3d": {"depths": [1, 1, 2, 2], "widths": [6, 8, 12, 16], "stem_width": 4},
+    "rwkv-unet": {"depths": [1, 1, 1, 2], "widths": [6, 8, 12, 16], "stem_width": 4},
+    "rwkv-unet-3d": {"depths": [1, 1, 1, 2], "widths": [6, 8, 12, 16], "stem_width": 4},
 }
 
 
@@ -27,7 +27,7 @@ def logits_of(model, image):
         return model.eval()(image)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", ["unet", "dynunet", "rwkv-unet-3d"])  # the others: as ONNX; mlru++ once more below
 def test_an_exported_program_gives_the_same_logits_for_any_batch(tmp_path, name):
     model = build(name)
     export_model(model, tmp_path / "model.pt2", SIZE, 2)
@@ -37,7 +37,7 @@ def test_an_exported_program_gives_the_same_logits_for_any_batch(tmp_path, name)
         torch.testing.assert_close(program(image), logits_of(model, image), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["mlru++", "unet", "rwkv-unet"])  # the others are made of the same operations
+@pytest.mark.parametrize("name", ["mlru++", "rwkv-unet"])  # the others are made of the same operations
 def test_an_onnx_file_gives_the_same_logits(tmp_path, name):
     pytest.importorskip("onnxscript", reason="needs the onnx extra")
     runtime = pytest.importorskip("onnxruntime", reason="needs the onnx extra")
@@ -57,9 +57,10 @@ def test_exporting_leaves_the_network_as_it_was(tmp_path):
     export_model(model, tmp_path / "model.pt2", (3, 8, 6), 2)  # another grid than the positions' own
     assert [module.training for module in model.modules()] == before
     assert model.memory_format == "auto"
-    image = torch.randn(2, 2, 3, 8, 6)
-    found = torch.export.load(tmp_path / "model.pt2").module()(image)
-    torch.testing.assert_close(found, logits_of(model, image), rtol=1e-3, atol=1e-4)
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    for batch in (1, 2):
+        image = torch.randn(batch, 2, 3, 8, 6)
+        torch.testing.assert_close(program(image), logits_of(model, image), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("file_name", ["model.pth", "model"])
@@ -78,7 +79,7 @@ def test_onnx_without_its_packages_says_what_to_install(tmp_path, monkeypatch):
 def test_decays_that_plain_operations_cannot_hold_are_refused(tmp_path):
     model = build("rwkv-unet")
     with torch.no_grad():
-        model.stages[2][1].mix.decay[0] = -61.0
-    with pytest.raises(ModelError, match=r"stages\.2\.1\.mix\.decay reaches 61"):
+        model.stages[3][1].mix.decay[0] = -61.0
+    with pytest.raises(ModelError, match=r"stages\.3\.1\.mix\.decay reaches 61"):
         export_model(model, tmp_path / "model.pt2", SIZE, 2)
     assert not (tmp_path / "model.pt2").exists()
