@@ -10,7 +10,7 @@ import numpy as np
 from fedseg.case_rows import CaseRow, read_scores
 from fedseg.errors import StoreError
 from fedseg.report.tables import Result, load_result, methods_of
-from fedseg.robustness.paired import paired, person_means
+from fedseg.robustness.paired import Cases, paired
 from fedseg.robustness.resampling import DRAWS, Estimate, Floats, Resampling, Value, estimate
 
 Sites = dict[str, Floats]
@@ -59,13 +59,13 @@ class Study:
         Returns:
             By method and reference, what `paired` says; Holm's correction is for all of them.
         """
-        persons = {method: self._persons(method) for method in self.methods}
+        cases = {method: self._cases(method) for method in self.methods}
         wanted: dict[frozenset[str], tuple[str, str]] = {}
         for method in self.methods:
             for reference in references:
-                if reference in persons and reference != method:
+                if reference in cases and reference != method:
                     wanted.setdefault(frozenset((method, reference)), (method, reference))
-        return {(*pair["rows"],): pair for pair in paired(persons, list(wanted.values()), self._draws)}
+        return {(*pair["rows"],): pair for pair in paired(cases, list(wanted.values()), self._draws)}
 
     def _figures(self, method: str) -> dict[str, Estimate]:
         by_seed = [self._of_seed(rows, result, method) for rows, result in zip(self._rows, self.results, strict=True)]
@@ -96,15 +96,13 @@ class Study:
             values.setdefault(row.site, []).append(Value(row.person, row.dice))
         return {site: self._draws.mean(values[site]) for site in hospitals if site in values}
 
-    def _persons(self, method: str) -> dict[str, float]:
-        return person_means(
-            [
-                Value(row.person, row.dice)
-                for of_seed, result in zip(self._rows, self.results, strict=True)
-                for row in of_seed.get(method, ())
-                if row.site in result["sites"]
-            ]
-        )
+    def _cases(self, method: str) -> Cases:
+        return {
+            (str(seed), row.site, row.case, row.label): Value(row.person, row.dice)
+            for seed, (of_seed, result) in enumerate(zip(self._rows, self.results, strict=True))
+            for row in of_seed.get(method, ())
+            if row.site in result["sites"]
+        }
 
 
 def unseen_of(result: Result) -> list[str]:

@@ -11,6 +11,8 @@ from fedseg.cli import app
 from fedseg.errors import ConfigError, StoreError
 from fedseg.report.study_tables import difference_table, expected_table, interval_table
 from fedseg.report.tables import load_result
+from fedseg.robustness.paired import paired
+from fedseg.robustness.resampling import Resampling, Value
 from fedseg.scenario import load_scenario
 from fedseg.scores import headline, summary
 from fedseg.study import Study
@@ -106,6 +108,19 @@ def test_differences_are_paired(tmp_path):
     assert pair["p"] == pytest.approx(2 / 2**8)  # all eight differ in one direction
     assert pair["p_holm"] == pytest.approx(3 * 2 / 2**8)
     assert found["fed", "local"]["difference"]["value"] == pytest.approx(0.0)
+
+
+def test_a_difference_is_one_of_cases_and_its_test_one_of_persons():
+    def cases(gain):
+        dice = {("A", "1"): ("p", 0.5), ("A", "2"): ("q", 0.5), ("B", "2"): ("q", 0.5), ("B", "3"): ("q", 0.5)}
+        return {case: Value(person, value + gain[case[1]]) for case, (person, value) in dice.items()}
+
+    rows_ = {"one": cases({"1": 0.4, "2": 0.2, "3": -0.1}), "two": cases(dict.fromkeys("123", 0.0))}
+    (found,) = paired(rows_, [("one", "two")], Resampling(["p", "q"]))
+    assert found["difference"]["value"] == pytest.approx((40 + 20 + 20 - 10) / 4)
+    assert found["difference"]["ci95"] == pytest.approx([10, 40])
+    assert found["persons"] == 2
+    assert found["p"] == 0.5  # both persons gain: two of four ways to give them signs
 
 
 def test_tables_say_it(tmp_path):

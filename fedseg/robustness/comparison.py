@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fedseg.robustness.networks import Row
-from fedseg.robustness.paired import paired, person_means
+from fedseg.robustness.paired import Cases, paired
 from fedseg.robustness.resampling import Resampling
 from fedseg.robustness.results import Results, dice
 from fedseg.robustness.views import View
@@ -15,5 +15,10 @@ def comparisons(
     rows: Sequence[Row], views: Sequence[View], results: Results, draws: Resampling
 ) -> list[dict[str, Any]]:
     """Every pair of rows, as `paired` tells of it."""
-    persons = {row.name: person_means([v for view in views for v in results.values(row, view, dice)]) for row in rows}
-    return paired(persons, list(itertools.combinations(persons, 2)), draws)
+    cases: dict[str, Cases] = {
+        row.name: {
+            (view.name, case): value for view in views for case, value in results.by_case(row, view, dice).items()
+        }
+        for row in rows
+    }
+    return paired(cases, list(itertools.combinations(cases, 2)), draws)

@@ -8,15 +8,18 @@ from scipy import stats
 
 from fedseg.robustness.resampling import Resampling, Value, estimate
 
+Cases = Mapping[tuple[str, ...], Value]
+"""What a model got at each hospital for each case (and structure)."""
 
-def paired(
-    persons: Mapping[str, Mapping[str, float]], pairs: Sequence[tuple[str, str]], draws: Resampling
-) -> list[dict[str, Any]]:
+
+def paired(rows: Mapping[str, Cases], pairs: Sequence[tuple[str, str]], draws: Resampling) -> list[dict[str, Any]]:
     """The difference in Dice points of each pair with its interval, and Wilcoxon's test, corrected for the number of pairs.
 
+    The difference is a mean over cases, as Dice itself is; persons are what is drawn and what is tested.
+
     Args:
-        persons: by row (a model, a method) each person's mean Dice.
-        pairs: rows to compare; pairs that share no person are left out.
+        rows: Dice of each row (a model, a method).
+        pairs: rows to compare; pairs that share no case are left out.
         draws: of the persons.
 
     Returns:
@@ -24,12 +27,15 @@ def paired(
     """
     found: list[dict[str, Any]] = []
     for one, other in pairs:
-        shared = sorted(persons[one].keys() & persons[other].keys())
+        shared = sorted(rows[one].keys() & rows[other].keys())
         if not shared:
             continue
-        points = [100 * (persons[one][person] - persons[other][person]) for person in shared]
-        difference = estimate(draws.mean([Value(*pair) for pair in zip(shared, points, strict=True)]))
-        found.append({"rows": [one, other], "persons": len(shared), "difference": difference, "p": wilcoxon(points)})
+        points = [
+            Value(rows[one][case].person, 100 * (rows[one][case].value - rows[other][case].value)) for case in shared
+        ]
+        persons, difference = person_means(points), estimate(draws.mean(points))
+        p = wilcoxon([*persons.values()])
+        found.append({"rows": [one, other], "persons": len(persons), "difference": difference, "p": p})
     for pair, corrected in zip(found, holm([pair["p"] for pair in found]), strict=True):
         pair["p_holm"] = corrected
     return found

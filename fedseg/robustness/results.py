@@ -32,12 +32,16 @@ class Results:
 
     def values(self, row: Row, view: View, of: Of) -> list[Value]:
         """One value for each case that could be used, in the order of the cases."""
+        return [*self.by_case(row, view, of).values()]
+
+    def by_case(self, row: Row, view: View, of: Of) -> dict[str, Value]:
+        """The same by name of the case."""
         networks = [self._cases(network.sha256, view) for network in row.at(view.name)]
-        return [
-            Value(case.person, math.fsum(of(cases[case.name]) for cases in networks) / len(networks))
+        return {
+            case.name: Value(case.person, math.fsum(of(cases[case.name]) for cases in networks) / len(networks))
             for case in view.cases
             if networks and all(case.name in cases for cases in networks)
-        ]
+        }
 
     def confidences(self, row: Row, view: View) -> list[tuple[str, Confidence]]:
         """Persons and sums, of all the networks that stand for the row."""
