@@ -103,7 +103,7 @@ def test_a_run_killed_again_while_it_resumes_ends_as_if_undisturbed(tmp_path, un
 
 def test_a_run_killed_at_random_moments_ends_as_if_undisturbed(tmp_path, undisturbed):
     generator, longest, number, killed = random.Random(5), undisturbed[2], 0, 0
-    while killed < 20:
+    while killed < 12:
         number += 1
         output = tmp_path / str(number)
         if spawn(output, kill_after=generator.uniform(0, longest)) == -signal.SIGKILL:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from fedseg.config import Experiment, parse_experiment
+from fedseg.federated import local
 from fedseg.federated.driver import run_federation
 from fedseg.federated.local import InProcessFleet
 from fedseg.federated.messages import Answer, RoundInstructions, SiteFailure, SiteUpdate
@@ -18,8 +19,8 @@ from fedseg.federated.store import RunStore
 from fedseg.federated.weights import Weights
 
 SITES = ("A", "B", "C")
-PRELOAD = ("tests.federated.toys", "fedseg.federated.sites", "monai.losses")
-"""What all processes of these tests share from the start: there is one fork server per test session."""
+PRELOAD = ("tests.federated.toys", *local.PRELOAD)
+"""What all workers share from the start: there is one fork server per test session, filled by whoever needs it first."""
 
 
 def toy_experiment(**federation) -> Experiment:
