@@ -9,7 +9,7 @@ import numpy as np
 
 from fedseg.case_rows import CaseRow, read_scores
 from fedseg.errors import StoreError
-from fedseg.report.tables import Result, load_result, methods_of
+from fedseg.report.tables import Result, load_study, methods_of
 from fedseg.robustness.paired import Cases, paired
 from fedseg.robustness.resampling import DRAWS, Estimate, Floats, Resampling, Value, estimate
 
@@ -32,15 +32,8 @@ class Study:
     """
 
     def __init__(self, directories: Sequence[Path], *, draws: int = DRAWS) -> None:
-        self.results: list[Result] = [load_result(directory) for directory in directories]
-        first = self.results[0]
-        for directory, result in zip(directories, self.results, strict=True):
-            if (result["name"], [*result["headline"]]) != (first["name"], [*first["headline"]]):
-                raise StoreError(
-                    f"{directory}: holds {result['name']} ({', '.join(result['headline'])}); seeds of one study have one name "
-                    f"and the same methods, and {directories[0]} holds {first['name']} ({', '.join(first['headline'])})"
-                )
-        self.methods = methods_of(first)
+        self.results = load_study(directories)
+        self.methods = methods_of(self.results[0])
         self._rows = [_by_method(_scores(directory), self.methods) for directory in directories]
         persons = [row.person for of_seed in self._rows for rows in of_seed.values() for row in rows]
         self._draws = Resampling(persons, draws=draws)

@@ -4,13 +4,14 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from fedseg.case_rows import CaseRow, write_scores
 from fedseg.cli import app
 from fedseg.errors import ConfigError, StoreError
 from fedseg.report.study_tables import difference_table, expected_table, interval_table
-from fedseg.report.tables import load_result
+from fedseg.report.tables import load_result, mean_of_seeds
 from fedseg.robustness.paired import paired
 from fedseg.robustness.resampling import Resampling, Value
 from fedseg.scenario import load_scenario
@@ -146,6 +147,19 @@ def test_seeds_of_other_methods_are_refused(tmp_path):
     (one / "scores.csv").write_text("run,site\nfed,A\n")
     with pytest.raises(StoreError, match=r"scores.csv: not the scores"):
         Study([one])
+
+
+def test_a_picture_shows_the_mean_of_the_seeds(tmp_path):
+    one, two = write(tmp_path / "one"), write(tmp_path / "two", seed=1)
+    found = mean_of_seeds([one, two])
+    assert found["final"]["fed"]["sites"] == pytest.approx({"A": 0.775, "B": 0.725})
+    assert found["final"]["pooled"]["unseen"] == pytest.approx({"U": 0.68})
+    assert found["final"]["local"]["unseen"] == {}
+    picture = tmp_path / "study.png"
+    assert "Picture: " in CliRunner().invoke(app, ["results", str(one), str(two), "--picture", str(picture)]).stdout
+    assert np.asarray(Image.open(picture)).std() > 10
+    with pytest.raises(StoreError, match="the same methods"):
+        mean_of_seeds([one, write(tmp_path / "other", methods=("other",))])
 
 
 EXPECTED = {"fed": {"R": {"value": 94, "tolerance": 1}, "W": {"value": 3, "tolerance": 2}}}

@@ -73,12 +73,20 @@ def results(
         list[str] | None,
         typer.Option(help="Compare every method with these, person by person; absent: the first, pooled and local."),
     ] = None,
+    picture: Annotated[
+        Path | None,
+        typer.Option(help="Also draw every method at every hospital, the mean over seeds, to this PNG file."),
+    ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Fail if a figure is not what the scenario's file expects.")
     ] = False,
 ) -> None:
     """Show the comparison of finished simulations again, over several seeds, or of several studies side by side."""
     missed = _show(directories, against)
+    if picture is not None:
+        from fedseg.report.figures import draw_study
+
+        typer.echo(f"Picture: {draw_study(directories, picture)}")
     if check and missed:
         raise typer.Exit(1)
 

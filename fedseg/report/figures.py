@@ -16,7 +16,7 @@ from PIL import Image
 
 from fedseg.case_rows import CaseRow, mean, read_scores
 from fedseg.coordinator.state import reader
-from fedseg.report.tables import Result, load_result
+from fedseg.report.tables import Result, load_result, mean_of_seeds
 from fedseg.report.words import counted
 
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#f0e442")
@@ -52,6 +52,19 @@ def draw_figures(output: Path, progress: Callable[[int, int], None] = lambda _do
         paths.append(_save(draw(), output / name))
     progress(len(jobs), len(jobs))
     return paths
+
+
+def draw_study(directories: Sequence[Path], path: Path) -> Path:
+    """Draw every method at every hospital, the mean over seeds.
+
+    Args:
+        directories: results of one study.
+        path: of the PNG file.
+
+    Raises:
+        StoreError: a directory holds no finished simulation, or they are of several studies.
+    """
+    return _save(sites_figure(mean_of_seeds(directories)), path)
 
 
 def curves_figure(output: Path, result: Result) -> Figure:

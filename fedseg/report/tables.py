@@ -34,6 +34,46 @@ def load_result(directory: Path) -> Result:
     return result
 
 
+def load_study(directories: Sequence[Path]) -> list[Result]:
+    """Results of one scenario with different seeds.
+
+    Raises:
+        StoreError: a directory holds no finished simulation, or one of another study.
+    """
+    results = [load_result(directory) for directory in directories]
+    first = results[0]
+    for directory, result in zip(directories, results, strict=True):
+        if (result["name"], [*result["headline"]]) != (first["name"], [*first["headline"]]):
+            raise StoreError(
+                f"{directory}: holds {result['name']} ({', '.join(result['headline'])}); seeds of one study have one name "
+                f"and the same methods, and {directories[0]} holds {first['name']} ({', '.join(first['headline'])})"
+            )
+    return results
+
+
+def mean_of_seeds(directories: Sequence[Path]) -> Result:
+    """One study's result with the Dice of every hospital, and its training cases, as means over seeds.
+
+    Raises:
+        StoreError: as `load_study`.
+    """
+    results = load_study(directories)
+    first = results[0]
+    final = {}
+    for method in methods_of(first):
+        ours = [result["final"][method] for result in results]
+        final[method] = {
+            part: {site: statistics.fmean(one[part][site] for one in ours) for site in ours[0].get(part, {})}
+            for part in ("sites", "unseen")
+        }
+    cases = {
+        site: {"training_cases": round(statistics.fmean(result["sites"][site]["training_cases"] for result in results))}
+        for site in first["sites"]
+    }
+    seeds = f"{first['name']}, mean of {len(results)} seeds" if len(results) > 1 else first["name"]
+    return first | {"name": seeds, "final": final, "sites": cases}
+
+
 def method_table(results: Sequence[Result]) -> Table:
     """One row per method: Dice in [0, 1], HD95 in mm, R in percent, W and G in Dice points; mean ± SD over several results."""
     first = results[0]
