@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import subprocess
 import time
 import urllib.parse
@@ -27,6 +26,7 @@ class Prometheus:
         jobs: what it scrapes: by name of the job, the targets' ports, or a whole scrape configuration.
         rules: files of deploy/prometheus.
         every: how often it looks.
+        lasting: how long something must last before an alert fires; absent: as long as the rules say.
     """
 
     def __init__(
@@ -35,6 +35,7 @@ class Prometheus:
         jobs: Mapping[str, Sequence[int] | dict[str, Any]],
         rules: Sequence[str] = ("rules.yml",),
         every: str = "500ms",
+        lasting: str | None = None,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.port, self.folder = free_port(), folder
@@ -53,7 +54,10 @@ class Prometheus:
         }
         (folder / "prometheus.yml").write_text(yaml.safe_dump(configuration))
         for name in rules:
-            shutil.copy(DEPLOYED / name, folder)
+            text = (DEPLOYED / name).read_text()
+            (folder / name).write_text(
+                text if lasting is None else re.sub(r"(?m)^(\s+for:) \S+$", rf"\1 {lasting}", text)
+            )
         command = ["prometheus", "--config.file=prometheus.yml", "--storage.tsdb.path=data", "--log.level=warn"]
         with (folder / "prometheus.log").open("wb") as log:
             self.process = subprocess.Popen(
