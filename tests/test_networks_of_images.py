@@ -17,7 +17,7 @@ from fedseg.scenario import load_scenario
 from fedseg.simulation import Machine, simulate
 from tests.test_simulation import fedseg
 
-SMALL = "options = { depths = [1, 1, 2, 2], widths = [6, 8, 12, 16], stem_width = 4, kernel = 3, decoder_kernel = 3 }"
+SMALL = "options = { depths = [1, 1, 1, 2], widths = [6, 8, 12, 16], stem_width = 4, kernel = 3, decoder_kernel = 3 }"
 SCENARIO = """
 baselines = []
 
