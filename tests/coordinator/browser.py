@@ -53,12 +53,21 @@ class Browser:
         os.close(theirs_in)
         os.close(theirs_out)
         self._number, self._buffer = 0, b""
+        self._session: str | None = None
+        self._context: str | None = None
+        self.renew()
+
+    def renew(self) -> None:
+        """Another tab, which knows nothing of the one before."""
+        self._session = None
+        if self._context is not None:
+            self.call("Target.disposeBrowserContext", browserContextId=self._context)
         self.requests: list[str] = []
         """Addresses that the page has asked for."""
         self.complaints: list[str] = []
         """Errors and warnings of the console, exceptions, things that the page's policy forbids."""
-        self._session: str | None = None
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self._context = self.call("Target.createBrowserContext")["browserContextId"]
+        target = self.call("Target.createTarget", url="about:blank", browserContextId=self._context)["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Network", "Log"):
             self.call(f"{domain}.enable")
@@ -135,6 +144,8 @@ class Browser:
         return json.loads(message)
 
     def _notice(self, event) -> None:
+        if event.get("sessionId") != self._session:
+            return  # of the tab before
         params = event.get("params", {})
         match event.get("method"):
             case "Network.requestWillBeSent":

@@ -83,12 +83,19 @@ def status(directory, query=""):
         return json.loads(fetch(port, f"/status.json{query}")[2])
 
 
-@pytest.fixture
-def browser(tmp_path):
-    (tmp_path / "profile").mkdir()
-    found = Browser(tmp_path / "profile")
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    """Chromium, which takes seconds to start."""
+    found = Browser(tmp_path_factory.mktemp("profile"))
     yield found
     found.close()
+
+
+@pytest.fixture
+def browser(program):
+    """A new tab."""
+    program.renew()
+    return program
 
 
 class Gate:
