@@ -23,13 +23,23 @@ def hippocampus():
 LONGEST = (
     "integration/test_study",
     "tests/test_simulation",
+    "models/test_every_network",
+    "models/test_export",
     "test_networks_of_images",
-    "test_engines",
-    "test_heterogeneous",
     "tests/robustness/",
+    "site/test_service",
+    "test_engines",
+    "test_triton_scan",
     "test_report",
-    "tests/site/",
+    "models/test_rwkv",
+    "models/test_mlru",
+    "federated/test_kill",
+    "integration/test_finish",
+    "test_heterogeneous",
     "tests/models/",
+    "tests/site/",
+    "tests/coordinator/",
+    "tests/federated/",
 )
 """Tests that take longest: they come first, so that none of them runs alone at the end while other workers have nothing to do."""
 
