@@ -45,4 +45,8 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: next((n for n, part in enumerate(LONGEST) if part in item.nodeid), len(LONGEST)))
+    def place(item):
+        file = item.nodeid.partition("::")[0]
+        return next((number for number, part in enumerate(LONGEST) if part in file), len(LONGEST))
+
+    items.sort(key=place)
