@@ -173,13 +173,12 @@ def test_the_memory_layout_of_the_input_does_not_matter(name, batch):
 
 @every_kind
 def test_a_compiled_network_trains_as_the_plain_one(name):
-    """Captured without a break; of the two kinds with operators of our own, the backward pass is traced as well."""
+    """Captured without a break; with our convolutions the backward pass is traced as well (with Bi-WKV: test_bi_wkv)."""
     torch.compiler.reset()
     shallow = {"mlru++": {"depths": [1, 1], "n_res": 1, "stem": [1, 2, 2]}}
     shallow |= {key: {"depths": [1, 1, 1, 2], "drop_path": 0.0} for key in ("rwkv-unet", "rwkv-unet-3d")}
     plain, compiled = (without_dropout(build(name, **shallow.get(name, {}))).train() for _ in range(2))
-    backend = "aot_eager" if name in ("mlru++", "rwkv-unet-3d") else "eager"
-    compiled.compile(backend=backend, fullgraph=True, dynamic=False)
+    compiled.compile(backend="aot_eager" if name == "mlru++" else "eager", fullgraph=True, dynamic=False)
     losses = [loss_of(model, images()) for model in (plain, compiled)]
     assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-4)
     for loss in losses:

@@ -27,7 +27,7 @@ def logits_of(model, image):
         return model.eval()(image)
 
 
-@pytest.mark.parametrize("name", ["unet", "dynunet", "rwkv-unet-3d"])  # the others: as ONNX; mlru++ once more below
+@pytest.mark.parametrize("name", ["unet", "dynunet", "rwkv-unet-3d"])  # the others: as ONNX
 def test_an_exported_program_gives_the_same_logits_for_any_batch(tmp_path, name):
     model = build(name)
     export_model(model, tmp_path / "model.pt2", SIZE, 2)
@@ -37,30 +37,32 @@ def test_an_exported_program_gives_the_same_logits_for_any_batch(tmp_path, name)
         torch.testing.assert_close(program(image), logits_of(model, image), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["mlru++", "rwkv-unet"])  # the others are made of the same operations
-def test_an_onnx_file_gives_the_same_logits(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "size", "options"),
+    [
+        ("rwkv-unet", SIZE, {}),
+        (
+            "mlru++",
+            (3, 8, 6),
+            {"norm": "batch", "pos_embed": "learned", "attn_dropout": 0.1},
+        ),  # not the positions' grid
+    ],
+)
+def test_an_onnx_file_gives_the_same_logits_and_the_network_stays_as_it_was(tmp_path, name, size, options):
     pytest.importorskip("onnxscript", reason="needs the onnx extra")
     runtime = pytest.importorskip("onnxruntime", reason="needs the onnx extra")
-    model = build(name)
-    export_model(model, tmp_path / "model.onnx", SIZE, 2)
+    model = build(name, **options).train()
+    next(model.children()).eval()
+    before = [module.training for module in model.modules()]
+    layout = getattr(model, "memory_format", None)
+    export_model(model, tmp_path / "model.onnx", size, 2)
+    assert [module.training for module in model.modules()] == before
+    assert getattr(model, "memory_format", None) == layout
     session = runtime.InferenceSession(tmp_path / "model.onnx")
     for batch in (1, 3):
-        image = torch.randn(batch, 2, *SIZE)
+        image = torch.randn(batch, 2, *size)
         (found,) = session.run(["logits"], {"image": image.numpy()})
         torch.testing.assert_close(torch.from_numpy(found), logits_of(model, image), rtol=1e-3, atol=1e-4)
-
-
-def test_exporting_leaves_the_network_as_it_was(tmp_path):
-    model = build("mlru++", norm="batch", pos_embed="learned", attn_dropout=0.1).train()
-    model.skip.eval()
-    before = [module.training for module in model.modules()]
-    export_model(model, tmp_path / "model.pt2", (3, 8, 6), 2)  # another grid than the positions' own
-    assert [module.training for module in model.modules()] == before
-    assert model.memory_format == "auto"
-    program = torch.export.load(tmp_path / "model.pt2").module()
-    for batch in (1, 2):
-        image = torch.randn(batch, 2, 3, 8, 6)
-        torch.testing.assert_close(program(image), logits_of(model, image), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("file_name", ["model.pth", "model"])

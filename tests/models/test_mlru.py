@@ -304,8 +304,7 @@ def test_gradients_of_a_block_agree_with_differences(kind, layout, grid, batch):
     check_by_differences(block, x.requires_grad_(), block)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("fold", ["2d", "3d"])
+@pytest.mark.parametrize(("fold", "layout"), [("2d", "channels_last"), ("3d", "contiguous")])
 def test_gradients_of_the_whole_network_agree_with_differences(fold, layout):
     options = {"fold": fold, "memory_format": layout, "attn_dropout": 0.0, "conv_dropout": 0.0, "gamma_init": 0.5}
     model = small(base_width=2, depths=[1, 1], **options).double().train()
