@@ -24,8 +24,8 @@ from fedseg.data.shift.profiles import Annotator, Habit, ScannerProfile, Shift, 
 from fedseg.errors import CaseError, DataError
 from fedseg.evaluation import evaluate
 from fedseg.federated.checkpoint import write_durably
+from fedseg.layout import Layout
 from fedseg.metrics import score_case
-from fedseg.scenario import Layout
 
 AIM = (1.0, 3.0, 7.0, 15.0, 30.0)
 """Points of Dice that a clean model should lose at severity 1 to 5."""

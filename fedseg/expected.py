@@ -2,27 +2,13 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 from pydantic import FiniteFloat
 
-from fedseg.config import PositiveFloat, Section
-
-Figure = Literal["dice", "worst_site", "unseen", "R", "W", "G", "unseen_gain"]
-"""Dice as `dice` (mean over sites), `worst_site` and `unseen`; `R` in percent; `W`, `G` and `unseen_gain` (what unseen
-hospitals have more than with the pooled model) in Dice points."""
-
-
-FIGURES: dict[Figure, tuple[str, int]] = {
-    "dice": ("Dice", 3),
-    "worst_site": ("worst site", 3),
-    "unseen": ("unseen", 3),
-    "R": ("R %", 1),
-    "W": ("W pt", 1),
-    "G": ("G pt", 1),
-    "unseen_gain": ("unseen against pooled pt", 1),
-}
-"""What each figure is called, and its decimals."""
+from fedseg.comparison import FIGURES, Figure, figures_of
+from fedseg.sections import PositiveFloat, Section
 
 
 class Expected(Section):
@@ -33,34 +19,37 @@ class Expected(Section):
     """Either way; wide enough for another seed and another machine."""
 
 
-def figures(result: Mapping[str, Any], method: str) -> dict[Figure, float]:
-    """A method's figures in what `result.json` holds; those that are not defined are not in it."""
-    final, head = result["final"][method], result["headline"].get(method, {})
-    unseen = final.get("unseen")
-    found: dict[Figure, float | None] = {
-        "dice": final["dice_mean"],
-        "worst_site": final["dice_worst_site"],
-        "unseen": statistics.fmean(unseen.values()) if unseen else None,
-        "R": None if head.get("R") is None else 100 * head["R"],
-        "W": head.get("W"),
-        "G": head.get("G"),
-        "unseen_gain": None if head.get("U_pooled") is None else 0.0 - head["U_pooled"],
-    }
-    return {name: value for name, value in found.items() if value is not None}
+@dataclass(frozen=True)
+class Outcome:
+    """What was expected of a figure, and what came out."""
+
+    method: str
+    figure: Figure
+    expected: Expected
+    found: float | None
+    """None: the figure is not defined."""
+
+    @property
+    def met(self) -> bool:
+        """Is it within the tolerance?"""
+        return self.found is not None and abs(self.found - self.expected.value) <= self.expected.tolerance
+
+    @property
+    def words(self) -> tuple[str, str, str, str, str]:
+        """Method, figure, what was expected, what was found, and the verdict."""
+        name, digits = FIGURES[self.figure]
+        wanted = f"{self.expected.value:.{digits}f} ± {self.expected.tolerance:.{digits}f}"
+        found = "not defined" if self.found is None else f"{self.found:.{digits}f}"
+        return self.method, name, wanted, found, "as expected" if self.met else "differs"
 
 
-def against_expected(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Whether results of one study, one for each seed, are what its file expects of their mean.
-
-    Returns:
-        For each expected figure `method`, `figure`, `value`, `tolerance`, `found` (None if it is not defined) and `met`.
-    """
-    rows = []
+def against_expected(results: Sequence[Mapping[str, Any]]) -> list[Outcome]:
+    """Whether results of one study, one for each seed, are what its file expects of their mean."""
+    outcomes = []
     for method, wanted in results[0].get("expected", {}).items():
-        by_seed = [figures(result, method) for result in results]
-        for name, expected in wanted.items():
-            known = [found[name] for found in by_seed if name in found]
+        by_seed = [figures_of(result, method) for result in results]
+        for figure, expected in wanted.items():
+            known = [found[figure] for found in by_seed if figure in found]
             mean = statistics.fmean(known) if known else None
-            met = mean is not None and abs(mean - expected["value"]) <= expected["tolerance"]
-            rows.append({"method": method, "figure": name, **expected, "found": mean, "met": met})
-    return rows
+            outcomes.append(Outcome(method, figure, Expected.model_validate(expected), mean))
+    return outcomes

@@ -12,9 +12,8 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from itertools import islice
 from typing import Protocol
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # read when flwr is imported
@@ -27,14 +26,15 @@ from fedseg import __version__
 from fedseg.errors import MessageError, QuorumError
 from fedseg.federated.messages import Answer, RoundInstructions, SiteFailure, SiteUpdate
 from fedseg.members import Member
+from fedseg.puller import Puller
 from fedseg.site.connect import Refusal
 
 log = logging.getLogger(__name__)
 
 POLL = (0.05, 1.0)
 """Shortest and longest pause in seconds between two looks for answers; it doubles while there is none."""
-PULL_AT_ONCE = 4
-"""So many updates are in memory at most, however many have arrived."""
+SECONDS_PER_LOOK = 0.05
+"""Pause for each site that is looked for, if that is longer than the longest: many sites must not keep the SuperLink busy."""
 HELLO_SECONDS = 30.0
 """How long a node may take to say its name before the others go on without it."""
 ASK_AGAIN_SECONDS = 60.0
@@ -247,29 +247,36 @@ class FlowerFleet:
         def answers() -> Iterator[Answer]:
             for site in sorted(set(sites) - set(pending.values())):
                 yield SiteFailure(site, server_round, "failed", "NotReached")
-            pauses = _pauses()
-            while pending:
-                self._check()
-                for message_id, message in self._pull(list(pending)):
-                    pauses = _pauses()
-                    answer = read_answer(message, pending.pop(message_id), server_round)
-                    if isinstance(answer, SiteFailure) and answer.reason == "WrongName":
-                        self._forget(asked[answer.site])
-                    yield answer
-                remaining = TTL if deadline is None else begun + deadline - time.monotonic()
-                if remaining <= 0:
-                    break
-                for message_id, site in self._lost(pending, asked, pushed):
-                    told, about = (server_round, site), {"round": server_round, "site": site}
-                    log.warning("round %d: the gate of %s was started anew; it is asked again", *told, extra=about)
-                    del pending[message_id]
-                    pushed[site] = time.time()
-                    again = self._push(content, kind, {site: asked[site]}, ttl)
-                    pending.update({new: label for label, new in again.items()})
-                    if not again:
-                        yield SiteFailure(site, server_round, "failed", "NotReached")
-                if pending:
-                    time.sleep(min(next(pauses), remaining))
+            until = begun + (TTL if deadline is None else deadline)
+            with Puller(self._pull) as puller:
+                pauses = _pauses()
+                while pending:
+                    self._check()
+                    for message_id, message in puller(list(pending)):
+                        pauses = _pauses()
+                        if message_id not in pending:  # it was asked for again meanwhile
+                            continue
+                        answer = read_answer(message, pending.pop(message_id), server_round)
+                        if isinstance(answer, SiteFailure) and answer.reason == "WrongName":
+                            self._forget(asked[answer.site])
+                        yield answer
+                    if time.monotonic() >= until:
+                        break
+                    for message_id, site in self._lost(pending, asked, pushed):
+                        told, about = (server_round, site), {"round": server_round, "site": site}
+                        log.warning("round %d: the gate of %s was started anew; it is asked again", *told, extra=about)
+                        del pending[message_id]
+                        pushed[site] = time.time()
+                        again = self._push(content, kind, {site: asked[site]}, ttl)
+                        pending.update({new: label for label, new in again.items()})
+                        if not again:
+                            yield SiteFailure(site, server_round, "failed", "NotReached")
+                    for message_id, site in self._shut_out(pending, asked, puller.stuck):
+                        del pending[message_id]
+                        yield SiteFailure(site, server_round, "failed", "NodeUnavailable")
+                    if pending:
+                        pause = max(next(pauses), SECONDS_PER_LOOK * len(pending))
+                        time.sleep(max(min(pause, until - time.monotonic()), 0))
             yield from (SiteFailure(site, server_round, "late", "deadline") for site in sorted(pending.values()))
 
         return answers()
@@ -283,6 +290,19 @@ class FlowerFleet:
         started = {node: member.started for node, member in self._who().items()}
         return [
             (message_id, site) for message_id, site in pending.items() if started.get(asked[site], 0.0) > pushed[site]
+        ]
+
+    def _shut_out(
+        self, pending: Mapping[str, str], asked: Mapping[str, int], stuck: Collection[str]
+    ) -> list[tuple[str, str]]:
+        """Messages whose answer is stuck because the node's key was revoked meanwhile, with their sites."""
+        if self._who is None or not stuck:
+            return []
+        known = self._who()
+        return [
+            (message_id, site)
+            for message_id, site in pending.items()
+            if message_id in stuck and asked[site] not in known
         ]
 
     def _everyone_was_heard(self) -> bool:
@@ -300,8 +320,9 @@ class FlowerFleet:
             self._asked |= dict.fromkeys(strangers.values(), now)
             sent = self._push(RecordDict(), "query", strangers, TTL)
             self._queries |= {message_id: strangers[label] for label, message_id in sent.items()}
-        for message_id, message in self._pull(list(self._queries)):
-            self._introduce(self._queries.pop(message_id), message)
+        for message_id in list(self._queries):
+            if (message := self._pull(message_id)) is not None:
+                self._introduce(self._queries.pop(message_id), message)
         self._nodes = {}
         for node, name in self._names.items():
             if node in online and self._nodes.setdefault(name, node) != node:
@@ -340,23 +361,18 @@ class FlowerFleet:
             if message.metadata.message_id in taken
         }
 
-    def _pull(self, message_ids: Sequence[str]) -> Iterator[tuple[str, Message]]:
-        for batch in _batches(message_ids, PULL_AT_ONCE):
-            for message in self._grid.pull_messages(batch):
-                if message.metadata.reply_to_message_id in batch:
-                    yield message.metadata.reply_to_message_id, message
+    def _pull(self, message_id: str) -> Message | None:
+        """The answer to a message, if it is there; of an answer of which a part is there Flower waits for the rest."""
+        for message in self._grid.pull_messages([message_id]):
+            if message.metadata.reply_to_message_id == message_id:
+                return message
+        return None
 
     def _tell(self, text: str, level: int = logging.WARNING) -> None:
         """Log something once."""
         if text not in self._told:
             self._told.add(text)
             log.log(level, text)
-
-
-def _batches(items: Iterable[str], size: int) -> Iterator[list[str]]:
-    iterator = iter(items)
-    while batch := list(islice(iterator, size)):
-        yield batch
 
 
 def _pauses() -> Iterator[float]:

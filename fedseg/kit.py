@@ -23,11 +23,11 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519
 from pydantic import AwareDatetime, Field, field_validator, model_validator
 
-from fedseg.config import Section, load_section, validate_section
 from fedseg.credentials import ASK, check_key, fingerprint, load_certificate, load_signing_key, read
 from fedseg.credentials import certificate_days_left as certificate_days_left
 from fedseg.errors import ConfigError, KitError
 from fedseg.names import Name
+from fedseg.sections import Section, load_section, validate_section
 
 S = TypeVar("S", bound=Section)
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from fedseg.case_rows import CaseRow, mean, read_scores, write_scores
+from fedseg.comparison import figures_of
 from fedseg.config import Experiment
 from fedseg.data.features import prepare_aligned
 from fedseg.data.preprocess import PreparedCase
@@ -18,10 +19,11 @@ from fedseg.device import pick_device
 from fedseg.evaluation import evaluate
 from fedseg.federated.fingerprint import Fingerprint
 from fedseg.federated.site import Site
+from fedseg.layout import Layout
 from fedseg.metrics import FAILURE_DICE, LabelScore, bootstrap_ci
 from fedseg.model_file import load_model
 from fedseg.models.registry import ARCHITECTURES
-from fedseg.scenario import Layout, Scenario
+from fedseg.scenario import Scenario
 from fedseg.site.config import SiteConfig
 from fedseg.traffic import traffic
 
@@ -177,16 +179,14 @@ def _by_case(rows: Sequence[CaseRow]) -> dict[tuple[str, str], list[float]]:
 
 def headline(final: dict[str, Any], method: str) -> dict[str, float | None]:
     """R as a share, W, G and U in Dice points; None without the baseline, or the unseen hospitals, that they need."""
-    sites, unseen = final[method]["sites"], final[method].get("unseen")
-    pooled, local = (final[name]["sites"] if name in final else None for name in ("pooled", "local"))
+    figures = figures_of({"final": final}, method)
+    share, gain = figures.get("R"), figures.get("unseen_gain")
     return {
-        "R": mean(sites.values()) / mean(pooled.values()) if pooled else None,
-        "W": 100 * max(pooled[site] - dice for site, dice in sites.items()) if pooled else None,
-        "G": 100 * min(dice - local[site] for site, dice in sites.items()) if local else None,
-        "U": 100 * (mean(sites.values()) - mean(unseen.values())) if unseen else None,
-        "U_pooled": 100 * (mean(final["pooled"]["unseen"].values()) - mean(unseen.values()))
-        if unseen and pooled
-        else None,
+        "R": None if share is None else share / 100,
+        "W": figures.get("W"),
+        "G": figures.get("G"),
+        "U": 100 * (figures["dice"] - figures["unseen"]) if "unseen" in figures else None,
+        "U_pooled": None if gain is None else 0.0 - gain,
     }
 
 

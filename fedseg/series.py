@@ -34,7 +34,7 @@ class Samples:
 
     def __init__(self, catalogue: Mapping[str, Series]) -> None:
         self._catalogue = catalogue
-        self._families: dict[str, Metric] = {}
+        self._families: dict[str, GaugeMetricFamily | CounterMetricFamily] = {}
 
     def add(self, name: str, value: float | None, *labels: str) -> None:
         """Take in a sample; None is none."""
@@ -44,7 +44,7 @@ class Samples:
         if name not in self._families:
             family = GaugeMetricFamily if series.kind == "gauge" else CounterMetricFamily
             self._families[name] = family(name, series.help, labels=series.labels)
-        self._families[name].add_metric(labels, value)  # type: ignore[attr-defined]
+        self._families[name].add_metric(labels, value)
 
     def families(self) -> Iterator[Metric]:
         """What was taken in, series by series."""

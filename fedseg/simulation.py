@@ -29,8 +29,9 @@ from fedseg.federated.rounds import ServerState
 from fedseg.federated.site import Site
 from fedseg.federated.sites import OpenSites, PooledSite, answer_safely
 from fedseg.federated.store import RunStore
+from fedseg.layout import Layout, lay_out
 from fedseg.model_file import model_path, read_model_file, save_model_file, site_model_path
-from fedseg.scenario import Layout, Scenario, lay_out, personal
+from fedseg.scenario import Scenario, personal
 from fedseg.scores import score_once, summarise
 from fedseg.site.config import SiteConfig
 
@@ -77,7 +78,7 @@ class Machine:
 
 def simulate(
     scenario: Scenario, output: Path, machine: Machine, *, resume: bool = False, show: Show | None = None
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Run a scenario into a result directory.
 
     Args:
@@ -101,10 +102,8 @@ def simulate(
         private_of(scenario.experiment_of(method))  # before hours of work on other methods
     show = show or Silent()
     begun = time.monotonic()
-    if not resume and (output / "store.sqlite").exists():
-        raise StoreError(
-            f"{output} holds results already; add --resume to go on, --overwrite to discard them, or choose another --output"
-        )
+    if not resume:
+        refuse_results(output)
     output.mkdir(parents=True, exist_ok=True)
     layout = _prepared(scenario, output, machine, show)
     _write_json(output / "scenario.json", scenario.model_dump(mode="json"))
@@ -187,6 +186,18 @@ def _federate(
     with _fleet(sites, plans, machine) as fleet:
         state = _run(experiment, run, output, fleet, resume, partial(show.event, run))
     _save_models(output, run, experiment, state, sites)
+
+
+def refuse_results(output: Path) -> None:
+    """Leave earlier results alone.
+
+    Raises:
+        StoreError: the folder holds some.
+    """
+    if (output / "store.sqlite").exists():
+        raise StoreError(
+            f"{output} holds results already; add --resume to go on, --overwrite to discard them, or choose another --output"
+        )
 
 
 def discard(output: Path) -> None:

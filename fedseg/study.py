@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from fedseg.case_rows import CaseRow, read_scores
+from fedseg.comparison import BASELINES, Figure, Floats, compare
 from fedseg.errors import StoreError
-from fedseg.report.tables import Result, load_study, methods_of
+from fedseg.report.tables import Result, load_study, methods_of, unseen_of
 from fedseg.robustness.paired import Cases, paired
-from fedseg.robustness.resampling import DRAWS, Estimate, Floats, Resampling, Value, estimate
+from fedseg.robustness.resampling import DRAWS, Estimate, Resampling, Value, estimate
 
 Sites = dict[str, Floats]
 """Mean Dice by hospital: of the persons as they are, and of those drawn."""
@@ -39,8 +40,8 @@ class Study:
         self._draws = Resampling(persons, draws=draws)
 
     @cached_property
-    def figures(self) -> dict[str, dict[str, Estimate]]:
-        """By method, each `fedseg.expected.Figure` where it is defined."""
+    def figures(self) -> dict[str, dict[Figure, Estimate]]:
+        """By method, each `fedseg.comparison.Figure` where it is defined."""
         return {method: self._figures(method) for method in self.methods}
 
     def differences(self, references: Sequence[str]) -> dict[tuple[str, str], dict[str, Any]]:
@@ -60,28 +61,15 @@ class Study:
                     wanted.setdefault(frozenset((method, reference)), (method, reference))
         return {(*pair["rows"],): pair for pair in paired(cases, list(wanted.values()), self._draws)}
 
-    def _figures(self, method: str) -> dict[str, Estimate]:
+    def _figures(self, method: str) -> dict[Figure, Estimate]:
         by_seed = [self._of_seed(rows, result, method) for rows, result in zip(self._rows, self.results, strict=True)]
         shared = [name for name in by_seed[0] if all(name in figures for figures in by_seed)]
         return {name: estimate(np.mean([figures[name] for figures in by_seed], axis=0)) for name in shared}
 
-    def _of_seed(self, rows: Mapping[str, Sequence[CaseRow]], result: Result, method: str) -> dict[str, Floats]:
-        sites = {name: self._means(rows.get(name, ()), result["sites"]) for name in {method, "pooled", "local"}}
-        others = {name: self._means(rows.get(name, ()), unseen_of(result)) for name in {method, "pooled"}}
-        own, pooled, local = sites[method], sites["pooled"], sites["local"]
-        figures = {"dice": _mean(own), "worst_site": np.min([*own.values()], axis=0)}
-        if others[method]:
-            figures["unseen"] = _mean(others[method])
-        if method in ("pooled", "local"):
-            return figures
-        if pooled:
-            figures["R"] = 100 * _mean(own) / _mean(pooled)
-            figures["W"] = 100 * np.max([pooled[site] - own[site] for site in own], axis=0)
-        if local:
-            figures["G"] = 100 * np.min([own[site] - local[site] for site in own], axis=0)
-        if others[method] and others["pooled"]:
-            figures["unseen_gain"] = 100 * (_mean(others[method]) - _mean(others["pooled"]))
-        return figures
+    def _of_seed(self, rows: Mapping[str, Sequence[CaseRow]], result: Result, method: str) -> dict[Figure, Floats]:
+        sites = {name: self._means(rows.get(name, ()), result["sites"]) for name in (method, *BASELINES)}
+        others = {name: self._means(rows.get(name, ()), unseen_of(result)) for name in (method, "pooled")}
+        return compare(method, sites, others)
 
     def _means(self, rows: Sequence[CaseRow], hospitals: Sequence[str]) -> Sites:
         values: dict[str, list[Value]] = {}
@@ -96,15 +84,6 @@ class Study:
             for row in of_seed.get(method, ())
             if row.site in result["sites"]
         }
-
-
-def unseen_of(result: Result) -> list[str]:
-    """Names of the hospitals that took no part."""
-    return [*dict.fromkeys(site for final in result["final"].values() for site in final.get("unseen", {}))]
-
-
-def _mean(sites: Sites) -> Floats:
-    return np.asarray(np.mean([*sites.values()], axis=0))
 
 
 def _scores(directory: Path) -> list[CaseRow]:

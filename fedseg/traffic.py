@@ -1,6 +1,5 @@
 """What the federations of a simulation sent over the wire."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ def traffic(output: Path, run: str) -> dict[str, Any]:
     Returns:
         `megabytes_up` and `megabytes_down` of all sites, `updates` (how many were accepted), and `to_95`: the first evaluated
         `round` in which the sites' validation cases have 95 % of the Dice that the last pooled model gives them, and
-        `megabytes_per_site` until then, up and down; None if no round has, or nothing was pooled.
+        `megabytes_per_site` until then, up and down; None if no round has; no `to_95` if nothing was pooled.
     """
     store = RunStore(output, run)
     try:
@@ -28,21 +27,20 @@ def traffic(output: Path, run: str) -> dict[str, Any]:
             run,
         )[0]
         down = store.rows("SELECT COALESCE(SUM(bytes), 0) AS down FROM requests WHERE run = ?", run)[0]["down"]
-        nearly = _nearly_pooled(store, run)
+        pooled = _validation(store, "pooled")
+        nearly = {"to_95": _nearly_pooled(store, run, SHARE * pooled[max(pooled)])} if pooled else {}
     finally:
         store.close()
     return {
         "megabytes_up": updates["up"] / 1e6,
         "megabytes_down": down / 1e6,
         "updates": updates["n"],
-        "to_95": nearly,
+        **nearly,
     }
 
 
-def _nearly_pooled(store: RunStore, run: str) -> dict[str, float] | None:
-    ours, pooled = _validation(store, run), _validation(store, "pooled")
-    aim = SHARE * pooled[max(pooled)] if pooled else math.inf
-    reached = [number for number, dice in ours.items() if dice >= aim]
+def _nearly_pooled(store: RunStore, run: str, aim: float) -> dict[str, float] | None:
+    reached = [number for number, dice in _validation(store, run).items() if dice >= aim]
     if not reached:
         return None
     first = min(reached)

@@ -15,9 +15,9 @@ from typing import Literal, Self
 import yaml
 from pydantic import Field, model_validator
 
-from fedseg.config import Section, validate_section
 from fedseg.credentials import check_closed
 from fedseg.errors import ConfigError, KitError
+from fedseg.sections import Section, validate_section
 
 Header = Literal[
     "Content-Security-Policy",

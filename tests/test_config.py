@@ -5,9 +5,10 @@ import json
 import pytest
 from pydantic import ValidationError
 
-from fedseg.config import Experiment, load_experiment, load_section, parse_experiment
+from fedseg.config import Experiment, load_experiment, parse_experiment
 from fedseg.data.cohort import PersonRule
 from fedseg.errors import ConfigError
+from fedseg.sections import load_section
 
 TOML = """
 name = "study"

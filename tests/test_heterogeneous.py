@@ -10,10 +10,11 @@ from fedseg.case_rows import read_scores
 from fedseg.data.phantom import PhantomConfig, write_phantoms
 from fedseg.errors import ConfigError
 from fedseg.federated.store import RunStore
+from fedseg.layout import Layout, lay_out
 from fedseg.model_file import read_model_file
 from fedseg.report.figures import draw_figures
 from fedseg.report.tables import load_result, robustness_table, site_table
-from fedseg.scenario import Layout, lay_out, load_scenario
+from fedseg.scenario import load_scenario
 from fedseg.simulation import Machine, simulate
 from tests.federated.toys import same
 from tests.test_simulation import digests, fedseg

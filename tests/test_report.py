@@ -30,8 +30,8 @@ from fedseg.report.pdf import WIDTH, _widths, to_pdf
 from fedseg.report.provenance import software_of
 from fedseg.report.round_charts import round_charts
 from fedseg.report.svg import to_svg
-from fedseg.report.words import counted
 from fedseg.report.write import write_report
+from fedseg.words import counted
 from tests.coordinator.browser import Browser, chromium
 from tests.federated.toys import run_toy, toy_experiment
 from tests.test_heterogeneous import finished, folder  # noqa: F401 - fixtures

@@ -5,7 +5,8 @@ import pytest
 
 from fedseg.data.cohort import Case, Cohort, PersonRule
 from fedseg.errors import ConfigError
-from fedseg.scenario import Partition, Scenario, deal_out, lay_out, load_scenario
+from fedseg.layout import deal_out, lay_out
+from fedseg.scenario import Partition, Scenario, load_scenario
 
 EXPERIMENT = """
 [experiment]
@@ -77,7 +78,7 @@ def test_sizes_are_in_the_given_proportions(tmp_path):
 
 def test_dirichlet_skews_hospitals_by_foreground(tmp_path, monkeypatch):
     everybody = cohort(tmp_path, 90, cases_each=1)
-    monkeypatch.setattr("fedseg.scenario._foreground", lambda cases: float(cases[0].person.removeprefix("person")))
+    monkeypatch.setattr("fedseg.layout._foreground", lambda cases: float(cases[0].person.removeprefix("person")))
 
     def spread(alpha):
         shares = deal_out(everybody, Partition(scheme="dirichlet", sites=3, alpha=alpha, minimum=3), 0)

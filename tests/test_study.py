@@ -179,6 +179,35 @@ def test_results_differ_from_what_was_expected(tmp_path):
     assert "as expected" in done.stdout
 
 
+def test_a_check_of_nothing_is_an_error_and_so_is_a_reference_for_several_studies(tmp_path):
+    one = write(tmp_path / "one")
+    with pytest.raises(ConfigError, match="expected nothing of this simulation"):
+        CliRunner().invoke(app, ["results", str(one), "--check"], catch_exceptions=False)
+    other = write(tmp_path / "other")
+    result = json.loads((other / "result.json").read_text())
+    (other / "result.json").write_text(
+        json.dumps(result | {"name": "another", "model": {"name": "unet", "preset": None}})
+    )
+    with pytest.raises(ConfigError, match="--against compares the methods of one study; these are made-up, another"):
+        CliRunner().invoke(app, ["results", str(one), str(other), "--against", "fed"], catch_exceptions=False)
+
+
+def test_traffic_is_told_where_it_is_known(tmp_path):
+    folders = [write(tmp_path / "one"), write(tmp_path / "two", seed=1)]
+
+    def megabytes(*traffic):
+        for folder, to_95 in zip(folders, traffic, strict=True):
+            result = json.loads((folder / "result.json").read_text())
+            (folder / "result.json").write_text(json.dumps(result | {"traffic": {"fed": to_95}}))
+        return cells(interval_table(Study(folders)))["MB per site\nto 95 % of pooled"][0]
+
+    reached, never, not_counted = {"to_95": {"round": 1, "megabytes_per_site": 4.0}}, {"to_95": None}, {}
+    assert megabytes(reached, reached) == "4.0"
+    assert megabytes(reached, never) == "never in 1 of 2 seeds"
+    assert megabytes(never, never) == "never"
+    assert megabytes(not_counted, not_counted) == ""
+
+
 def test_a_figure_that_is_not_defined_is_not_as_expected(tmp_path):
     folder = write(tmp_path / "one", expected={"local": {"R": {"value": 99, "tolerance": 1}}})
     assert cells(expected_table([load_result(folder)]))["found"] == ["not defined"]

@@ -74,8 +74,8 @@ def phantom(
     preview: Annotated[Path | None, typer.Option(help="Also write a contact sheet to this PNG file.")] = None,
 ) -> None:
     """Write a cohort of made-up abdomens in Decathlon format; the same numbers give the same voxels."""
-    from fedseg.config import load_section, validate_section
     from fedseg.data.phantom import PhantomConfig, ScannerConfig, write_phantoms
+    from fedseg.sections import load_section, validate_section
 
     wanted = {"cases": cases, "seed": seed, "first": first, "shape": shape, "spacing": spacing}
     config = validate_section(PhantomConfig, json.dumps(wanted), source="fedseg data phantom")
@@ -221,10 +221,9 @@ def calibrate(
 
     from fedseg.calibration import calibrate as measure
     from fedseg.calibration import suitable, unseen_cases, write_table
-    from fedseg.cli.simulate import usable_cores
     from fedseg.data.cohort import read_cohort
     from fedseg.data.shift.profiles import pick_profiles, require_name
-    from fedseg.device import configure, pick_device
+    from fedseg.device import configure, default_threads, pick_device
     from fedseg.model_file import load_model_file
 
     experiment, network = load_model_file(model)
@@ -235,7 +234,7 @@ def calibrate(
     cohort = unseen_cases(model) if data is None else read_cohort(data)
     names = [require_name(name) for name in effect or []] or ([] if profile else suitable(experiment))
     place = pick_device(device)
-    configure(threads=usable_cores())
+    configure(threads=default_threads())
     console = Console()
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("Measuring", total=None)

@@ -44,7 +44,7 @@ def export(
     from fedseg.model_file import load_model_file, model_path
     from fedseg.models.export import export_model
     from fedseg.report.card import NAME, Exported, write_exported_card
-    from fedseg.report.words import counted
+    from fedseg.words import counted
 
     experiment, network = load_model_file(model)
     export_model(network, output, experiment.training.patch_size, experiment.in_channels)

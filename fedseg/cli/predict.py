@@ -39,7 +39,7 @@ def predict(
     from fedseg.data.features import align, describe
     from fedseg.data.preprocess import prepare_image, restore
     from fedseg.data.volume import write_label
-    from fedseg.device import configure, pick_device
+    from fedseg.device import configure, default_threads, pick_device
     from fedseg.drift import drift_of
     from fedseg.errors import CaseError, DataError
     from fedseg.inference import predict_logits
@@ -50,7 +50,7 @@ def predict(
     if not images.is_dir() and not output.name.endswith((".nii", ".nii.gz")):
         raise DataError(f"{output}: a label file must end in .nii or .nii.gz")
     place = pick_device(device)
-    configure(threads=_threads())
+    configure(threads=default_threads())
     network.to(place)
     console, failed = Console(stderr=True), 0
     shown: Iterable[tuple[str, tuple[Path, ...]]] = cases.items()
@@ -134,6 +134,7 @@ def evaluate(
         if csv is not None:
             raise ConfigError("--csv is not for --robustness, whose scores are in robustness.sqlite")
         from fedseg.cli.robustness import evaluate_robustness, question
+        from fedseg.device import usable_cores
 
         evaluate_robustness(
             model,
@@ -141,7 +142,7 @@ def evaluate(
             question(only, effects, severities, methods, surface=surface),
             person=person,
             output=output,
-            workers=workers or (_cores() if device in ("cpu", "auto") else 1),
+            workers=workers or (usable_cores() if device in ("cpu", "auto") else 1),
             device=device,
         )
         return
@@ -160,7 +161,7 @@ def _score_once(model: Path, data: Path, person: str, device: str, csv: Path | N
 
     from fedseg.data.cohort import PersonRule, read_cohort
     from fedseg.data.features import prepare_aligned
-    from fedseg.device import configure, pick_device
+    from fedseg.device import configure, default_threads, pick_device
     from fedseg.errors import DataError
     from fedseg.evaluation import evaluate as score
     from fedseg.model_file import load_model
@@ -168,7 +169,7 @@ def _score_once(model: Path, data: Path, person: str, device: str, csv: Path | N
 
     experiment, network, fingerprint = load_model(model)
     cohort = read_cohort(data, PersonRule.parse(person))
-    configure(threads=_threads())
+    configure(threads=default_threads())
     console = Console()
     where = Path(default_cache())
     prepared = prepare_aligned(cohort, experiment.task, experiment.data, where, fingerprint, progress=True)
@@ -241,17 +242,3 @@ def _write_csv(path: Path, found: "Evaluation") -> None:
     writer.writeheader()
     writer.writerows(rows)
     write_durably(path, text.getvalue().encode())
-
-
-def _cores() -> int:
-    from fedseg.cli.simulate import usable_cores
-
-    return usable_cores()
-
-
-def _threads() -> int:
-    """What OMP_NUM_THREADS says; else one for each core."""
-    import os
-
-    wanted = os.environ.get("OMP_NUM_THREADS", "")
-    return int(wanted) if wanted.isdigit() and int(wanted) > 0 else _cores()

@@ -27,10 +27,10 @@ def train(
     from rich.console import Console
 
     from fedseg.cli.display import show_rounds
-    from fedseg.cli.simulate import usable_cores
     from fedseg.cli.warm_start import show_warm_start
     from fedseg.config import load_experiment
     from fedseg.data.cohort import PersonRule
+    from fedseg.device import usable_cores
     from fedseg.errors import ConfigError
     from fedseg.federated.site import Site
     from fedseg.simulation import train_alone

@@ -7,12 +7,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from fedseg.config import Section
 from fedseg.coordinator.study import KeySource
 from fedseg.credentials import read
 from fedseg.federated.checkpoint import write_durably
 from fedseg.kit import IssuedCertificate, Roster, RosterSite, parse_document
 from fedseg.names import Name
+from fedseg.sections import Section
 
 
 class LedgerSite(RosterSite):

@@ -12,10 +12,11 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from pydantic import Field, field_validator, model_validator
 
-from fedseg.config import Experiment, PositiveInt, Section, load_section
+from fedseg.config import Experiment
 from fedseg.coordinator.fence import SUPERLINK_PORT
 from fedseg.errors import ConfigError
 from fedseg.names import Name
+from fedseg.sections import PositiveInt, Section, load_section
 
 Line = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x7f]+$")]
 """A text in one line; it may become a part of a certificate's name."""

@@ -17,9 +17,9 @@ from typing import Any, Literal, Self
 
 from pydantic import ValidationError, model_validator
 
-from fedseg.config import Section
 from fedseg.data.reasons import Reason as Reason
 from fedseg.errors import ConfigError, DataError
+from fedseg.sections import Section
 
 _CHANNEL = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})")
 

@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from pydantic import Field, field_validator
 from scipy import ndimage
 
-from fedseg.config import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Section, Size3D, Spacing3D
+from fedseg.config import Size3D, Spacing3D
 from fedseg.data.anatomy import TISSUES, Anatomy, Field3D, draw_anatomy, smooth_noise
 from fedseg.data.progress import shown
 from fedseg.errors import DataError
+from fedseg.sections import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Section
 
 Structure = Literal["liver", "spleen", "kidneys", "spine", "aorta"]
 

@@ -75,9 +75,7 @@ class PreparedGeometry:
     def from_dict(cls, values: Mapping[str, Any]) -> "PreparedGeometry":
         """The inverse of `to_dict`."""
         source = values["source"]
-        rows = tuple(tuple(float(v) for v in row) for row in source["affine"])
-        x, y, z = (int(n) for n in source["shape"])
-        geometry = Geometry((x, y, z), (rows[0], rows[1], rows[2], rows[3]), str(source["orientation"]))  # type: ignore[arg-type]
+        geometry = Geometry.of(source["shape"], source["affine"], str(source["orientation"]))
         (d0, d1), (h0, h1), (w0, w1) = values["box"]
         depth, height, width = (int(n) for n in values["shape"])
         return cls(geometry, ((d0, d1), (h0, h1), (w0, w1)), (depth, height, width))

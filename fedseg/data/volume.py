@@ -7,15 +7,16 @@ and reversed, so that D runs along S, H along A and W along R. The `Geometry` of
 import gzip
 import os
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 import nibabel as nib
 import numpy as np
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from fedseg.data.reasons import Reason
 from fedseg.errors import CaseError
@@ -55,6 +56,14 @@ class Geometry:
     """File voxel `(x, y, z)` to scanner coordinates in mm."""
     orientation: str = "RAS"
     """Axis codes of the array, in `(W, H, D)` order."""
+
+    @classmethod
+    def of(cls, shape: Sequence[int], affine: ArrayLike, orientation: str) -> Self:
+        """The same from any numbers: three for the shape, `(4, 4)` for the affine."""
+        x, y, z = (int(size) for size in shape)
+        rows: list[Row] = [(a, b, c, d) for a, b, c, d in np.asarray(affine, dtype=np.float64).tolist()]
+        first, second, third, last = rows
+        return cls((x, y, z), (first, second, third, last), orientation)
 
     @property
     def array_shape(self) -> Shape3D:
@@ -256,9 +265,7 @@ def _geometry(path: Path, shape: tuple[int, ...], affine: NDArray[np.float64], o
         _absurd(path, f"voxel spacing is {[float(f'{s:.4g}') for s in spacing]} mm, plausible is {low} to {high}")
     if abs(np.linalg.det(affine[:3, :3] / spacing)) < 1e-3 or np.isnan(nib.orientations.io_orientation(affine)).any():
         _absurd(path, "the affine is singular: two axes point the same way")
-    x, y, z = (int(n) for n in shape)
-    rows: list[Row] = [(float(row[0]), float(row[1]), float(row[2]), float(row[3])) for row in affine]
-    return Geometry((x, y, z), (rows[0], rows[1], rows[2], rows[3]), orientation)
+    return Geometry.of(shape, affine, orientation)
 
 
 def _absurd(path: Path, what: str) -> NoReturn:

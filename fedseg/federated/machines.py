@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from pydantic import Field
 
-from fedseg.config import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Section
 from fedseg.federated.messages import SiteFailure
 from fedseg.federated.rounds import derive_seed
+from fedseg.sections import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Section
 
 
 class SimulatedMachine(Section):

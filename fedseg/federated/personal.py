@@ -27,6 +27,7 @@ from fedseg.federated.site import Site
 from fedseg.federated.weights import Weights
 from fedseg.model_file import ModelFile
 from fedseg.training import train_locally
+from fedseg.words import counted
 
 LEVEL = 0.95
 """Of the test that a personal model must pass; with three validation persons that takes 2.9 standard errors."""
@@ -58,7 +59,7 @@ class Candidate:
         if not self.epochs:
             return "the model of the federation"
         way = "halfway to " if self.share == HALFWAY else ""
-        return f"{way}{self.epochs} {'epoch' if self.epochs == 1 else 'epochs'} of its own"
+        return f"{way}{counted(self.epochs, 'epoch')} of its own"
 
 
 @dataclass(frozen=True)

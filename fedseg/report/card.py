@@ -11,7 +11,7 @@ from fedseg.federated.checkpoint import write_durably
 from fedseg.report.evidence import Result, in_short, unknown
 from fedseg.report.provenance import UNKNOWN, software_of
 from fedseg.report.tables import load_result
-from fedseg.report.words import counted
+from fedseg.words import counted
 
 NAME = "MODEL_CARD.md"
 

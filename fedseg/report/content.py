@@ -12,7 +12,7 @@ from fedseg.case_rows import CaseRow, read_scores
 from fedseg.coordinator.history import RoundStory, RunSummary, find_runs, rounds_of
 from fedseg.coordinator.state import reader
 from fedseg.errors import ConfigError, StoreError
-from fedseg.expected import FIGURES, against_expected
+from fedseg.expected import against_expected
 from fedseg.report import figures, robustness_figures
 from fedseg.report.document import Block, Bullets, Charts, Code, Facts, Paragraph, Photo, Report, Section, Table
 from fedseg.report.drawing import drawing_of
@@ -20,7 +20,7 @@ from fedseg.report.evidence import Result, difference, in_short, interval, unkno
 from fedseg.report.provenance import software_of
 from fedseg.report.round_charts import round_charts
 from fedseg.report.tables import CAPTION, load_result
-from fedseg.report.words import counted
+from fedseg.words import counted
 
 HOW = (
     "Intervals in brackets: 95 %, from 2000 draws of a hospital's test persons with replacement (percentile bootstrap); a "
@@ -140,12 +140,7 @@ def _methods(result: Result, rows: Sequence[CaseRow]) -> list[Block]:
 
 
 def _expected(result: Result) -> list[Block]:
-    rows = []
-    for row in against_expected([result]):
-        heading, digits = FIGURES[row["figure"]]
-        wanted = f"{row['value']:.{digits}f} ± {row['tolerance']:.{digits}f}"
-        verdict = "as expected" if row["met"] else "differs"
-        rows.append([row["method"], heading, wanted, _number(row["found"], 1, digits), verdict])
+    rows = [[*outcome.words] for outcome in against_expected([result])]
     head = ["method", "figure", "expected", "found", ""]
     return [Table("What the scenario's file expects, from earlier runs", head, rows, 2)] if rows else []
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from fedseg.case_rows import CaseRow, mean
 from fedseg.metrics import bootstrap_ci
-from fedseg.report.words import counted
+from fedseg.words import counted
 
 Result = dict[str, Any]
 FEW_PERSONS = 20

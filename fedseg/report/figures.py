@@ -16,8 +16,8 @@ from PIL import Image
 
 from fedseg.case_rows import CaseRow, mean, read_scores
 from fedseg.coordinator.state import reader
-from fedseg.report.tables import Result, load_result, mean_of_seeds
-from fedseg.report.words import counted
+from fedseg.report.tables import Result, load_result, mean_of_seeds, unseen_of
+from fedseg.words import counted
 
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#f0e442")
 """Okabe and Ito's, which colour-blind people can tell apart."""
@@ -127,7 +127,7 @@ def _dice_by_round(output: Path, runs: Sequence[str]) -> tuple[list[int], list[l
 def sites_figure(result: Result) -> Figure:
     """Final Dice of every method at every site, and apart from them at hospitals that took no part."""
     colours, hospitals = method_colours(result), result.get("hospitals", {})
-    unseen = list(dict.fromkeys(site for method in colours for site in result["final"][method].get("unseen", {})))
+    unseen = unseen_of(result)
     sites = [*result["sites"], *unseen]
     places = np.arange(len(sites)) + np.array([0.6 * (site in unseen) for site in sites])
     figure, axis = _figure(max(6.0, 1.1 * len(sites) + 2), 4.2)
@@ -176,7 +176,7 @@ class _Panel:
 
 def segmentations_figure(output: Path, result: Result) -> Figure:
     """Some test cases from worst to best: the reference, and what local, federated and pooled training make of it."""
-    from fedseg.scenario import Layout
+    from fedseg.layout import Layout
 
     layout = Layout.model_validate_json((output / "layout.json").read_text())
     method = next(iter(result["headline"]))

@@ -4,7 +4,7 @@ from typing import Any
 
 from rich.table import Table
 
-from fedseg.report.words import counted
+from fedseg.words import counted
 
 Document = dict[str, Any]
 """What `robustness.json` holds."""

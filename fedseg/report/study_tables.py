@@ -5,8 +5,9 @@ from typing import Any
 
 from rich.table import Table
 
+from fedseg.comparison import FIGURES
 from fedseg.errors import ConfigError
-from fedseg.expected import FIGURES, against_expected
+from fedseg.expected import against_expected
 from fedseg.report.tables import Result
 from fedseg.robustness.resampling import Estimate
 from fedseg.study import Study
@@ -63,18 +64,16 @@ def difference_table(study: Study, against: Sequence[str] | None = None) -> Tabl
 
 def expected_table(results: Sequence[Result]) -> Table | None:
     """What the scenario's file expects and what came out; None if it expects nothing."""
-    rows = against_expected(results)
-    if not rows:
+    outcomes = against_expected(results)
+    if not outcomes:
         return None
     table = Table("method", "figure", title="Expected by the scenario's file", title_justify="left")
     for heading in ("expected", "found"):
         table.add_column(heading, justify="right")
     table.add_column("")
-    for row in rows:
-        heading, digits = FIGURES[row["figure"]]
-        found = "not defined" if row["found"] is None else f"{row['found']:.{digits}f}"
-        wanted = f"{row['value']:.{digits}f} ± {row['tolerance']:.{digits}f}"
-        table.add_row(row["method"], heading, wanted, found, "as expected" if row["met"] else "[bold red]differs[/]")
+    for outcome in outcomes:
+        *cells, verdict = outcome.words
+        table.add_row(*cells, verdict if outcome.met else f"[bold red]{verdict}[/]")
     return table
 
 
@@ -94,10 +93,9 @@ def _difference(pair: dict[str, Any] | None) -> str:
 
 
 def _megabytes(results: Sequence[Result], method: str) -> str:
-    traffics = [result["traffic"][method] for result in results if method in result["traffic"]]
-    known = [traffic["to_95"]["megabytes_per_site"] for traffic in traffics if traffic.get("to_95")]
-    if not traffics:
-        return ""
-    if len(known) < len(traffics):
-        return "never" if not known else f"never in {len(traffics) - len(known)} of {len(traffics)} seeds"
-    return f"{sum(known) / len(known):.1f}"
+    """Empty if nothing was pooled, or for results from before this was counted."""
+    reached = [traffic["to_95"] for result in results if "to_95" in (traffic := result["traffic"].get(method, {}))]
+    known = [when["megabytes_per_site"] for when in reached if when is not None]
+    if len(known) < len(reached):
+        return f"never in {len(reached) - len(known)} of {len(reached)} seeds" if known else "never"
+    return f"{sum(known) / len(known):.1f}" if known else ""

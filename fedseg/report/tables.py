@@ -28,10 +28,31 @@ def load_result(directory: Path) -> Result:
         result: Result = json.loads(path.read_text(encoding="utf-8"))
         result["final"], result["headline"], result["sites"]
     except FileNotFoundError:
-        raise StoreError(f"{path}: no such file; `fedseg simulate` writes it when it has finished") from None
+        seeds = ", ".join(str(seed) for seed in with_seeds(directory) if seed != directory)
+        hint = (
+            f"this folder has several seeds, name one of {seeds}"
+            if seeds
+            else "`fedseg simulate` writes it when it has finished"
+        )
+        raise StoreError(f"{path}: no such file; {hint}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StoreError(f"{path}: not a result of `fedseg simulate`: {type(error).__name__}: {error}") from error
     return result
+
+
+def of_seed(study: Path, seed: int) -> Path:
+    """Where a study of several seeds has the results of one."""
+    return study / f"seed-{seed}"
+
+
+def with_seeds(directory: Path) -> list[Path]:
+    """The result directories of a study of several seeds in their order, or the directory itself if it is none."""
+    seeds = sorted(int(found.name.removeprefix("seed-")) for found in directory.glob("seed-[0-9]*"))
+    return (
+        [directory]
+        if (directory / "result.json").exists() or not seeds
+        else [of_seed(directory, seed) for seed in seeds]
+    )
 
 
 def load_study(directories: Sequence[Path]) -> list[Result]:
@@ -139,7 +160,7 @@ def site_table(results: Sequence[Result]) -> Table:
     broken = [method.replace("-", "-\n") for method in methods]  # many methods make a wide table
     for heading in ("site", *kinds, "training\ncases", *broken, *(["without\nit"] if left_out else [])):
         table.add_column(heading, justify="left" if heading in ("site", *kinds) else "right")
-    unseen = {site: None for method in methods for site in first["final"][method].get("unseen", {})}
+    unseen = unseen_of(first)
     for site in (*first["sites"], *unseen):
         about = [hospitals.get(site, {}).get(kind) or "" for kind in kinds]
         counts = [float(result["sites"][site]["training_cases"]) for result in results] if site not in unseen else []
@@ -193,6 +214,11 @@ def spread(values: Sequence[float | None], digits: int) -> str:
 def methods_of(result: Result) -> list[str]:
     """Federated methods first, then the baselines."""
     return [*result["headline"], *(name for name in ("pooled", "local") if name in result["final"])]
+
+
+def unseen_of(result: Result) -> list[str]:
+    """Names of the hospitals that took no part."""
+    return [*dict.fromkeys(site for final in result["final"].values() for site in final.get("unseen", {}))]
 
 
 def _cells(results: Sequence[Result], method: str, labels: Sequence[str]) -> list[str]:

@@ -11,6 +11,7 @@ from fedseg.data.cohort import Cohort
 from fedseg.data.shift.catalogue import EFFECTS, SEVERITIES
 from fedseg.errors import ConfigError, DataError, StoreError
 from fedseg.federated.checkpoint import write_durably
+from fedseg.layout import Layout
 from fedseg.model_file import read_model_file
 from fedseg.robustness.calibration import calibration
 from fedseg.robustness.comparison import comparisons
@@ -21,7 +22,7 @@ from fedseg.robustness.resampling import Resampling
 from fedseg.robustness.results import Results
 from fedseg.robustness.views import CLEAN, View, clean_view, effect_views, hospital_views
 from fedseg.robustness.work import Progress, Wish, fulfil
-from fedseg.scenario import Layout, Scenario
+from fedseg.scenario import Scenario
 
 Part = Literal["cross-site", "grid", "calibration"]
 PARTS: tuple[Part, ...] = ("cross-site", "grid", "calibration")

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Literal
 
 from fedseg.errors import ConfigError
+from fedseg.layout import Layout
 from fedseg.model_file import model_path, read_model_file, site_model_path
-from fedseg.scenario import Layout, Scenario
+from fedseg.scenario import Scenario
 from fedseg.simulation import without
 
 LOCAL, POOLED, LEFT_OUT = "local", "pooled", "leave-one-out"

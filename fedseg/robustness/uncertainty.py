@@ -8,6 +8,7 @@ A disagreement is 1 minus the mean Dice between the segmentations: 0 where all a
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -74,7 +75,7 @@ def _coarse(model: nn.Module, case: PreparedCase, predict: Predict) -> list[NDAr
     """The segmentations of the coarser heads."""
     if not getattr(model, "deep_supervision", False):
         return []
-    heads = len(model.deep_supervision_weights)  # type: ignore[arg-type]
+    heads = len(cast("tuple[float, ...]", model.deep_supervision_weights))
     return [part.argmax(dim=0).numpy() for part in predict(_AllHeads(model), case.image).chunk(heads)[1:]]
 
 

@@ -11,7 +11,7 @@ from fedseg.config import Experiment
 from fedseg.data.cohort import Case, read_cohort
 from fedseg.data.shift.profiles import Shift, single_effect
 from fedseg.federated.site import Site
-from fedseg.scenario import Layout
+from fedseg.layout import Layout
 from fedseg.site.config import SiteConfig
 
 CLEAN = "clean"

@@ -12,9 +12,9 @@ from typing import Annotated
 from pydantic import AwareDatetime, Field, TypeAdapter, ValidationError
 
 from fedseg.app_bundle import LARGEST, bundle_digest, bundled_files
-from fedseg.config import Section
 from fedseg.errors import KitError
 from fedseg.federated.checkpoint import write_durably
+from fedseg.sections import Section
 
 FILE = "approved.json"
 

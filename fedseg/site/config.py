@@ -5,11 +5,11 @@ from pathlib import Path
 
 from pydantic import Field
 
-from fedseg.config import PositiveInt, Section, load_section, read_toml
 from fedseg.data.cohort import PersonRule
 from fedseg.data.shift.profiles import Shift
 from fedseg.errors import ConfigError
 from fedseg.names import Name
+from fedseg.sections import PositiveInt, Section, load_section, read_toml
 from fedseg.site.policy import Policy
 
 

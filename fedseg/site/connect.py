@@ -83,16 +83,16 @@ class Connection:
         call = self._stub.RunRound if train else self._stub.Evaluate
 
         def once() -> bytes | Refusal:
-            pieces = []
-            for event in call(cut(instructions), wait_for_ready=True):
+            pieces, refusal = [], None
+            for event in call(cut(instructions), wait_for_ready=True):  # to its end: only then is the site idle again
                 kind = event.WhichOneof("event")
                 if kind == "progress":
                     on_progress(event.progress)
                 elif kind == "failure":
-                    return Refusal(event.failure.kind, event.failure.reason)
+                    refusal = Refusal(event.failure.kind, event.failure.reason)
                 else:
                     pieces.append(event.piece)
-            return bytes(join(pieces, LARGEST_ANSWER))
+            return refusal or bytes(join(pieces, LARGEST_ANSWER))
 
         return self._patiently(once)
 

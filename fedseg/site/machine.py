@@ -18,7 +18,7 @@ def check_device(known: Known) -> Finding:
     """What the network would be computed on."""
     import torch
 
-    from fedseg.device import autocast, pick_device
+    from fedseg.device import autocast, pick_device, usable_cores
 
     config = need(known.config, "the site file")
     device = pick_device(config.device)
@@ -30,7 +30,7 @@ def check_device(known: Known) -> Finding:
         if free < total / 2:
             return attention(found, "see with nvidia-smi who else uses it")
         return ok(found)
-    cores, threads = len(os.sched_getaffinity(0)), config.threads
+    cores, threads = usable_cores(), config.threads
     found = f"CPU, {threads} of {cores} cores"
     if threads > cores:
         return attention(found, f"threads = {cores} in the site file: more threads than cores are slow")

@@ -18,11 +18,11 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field
 
-from fedseg.config import Section, validate_section
 from fedseg.data.cache import Cache
 from fedseg.data.cohort import Case, Cohort
 from fedseg.errors import ConfigError, DataError, ManifestError
 from fedseg.federated.checkpoint import sync_directory, write_durably
+from fedseg.sections import Section, validate_section
 from fedseg.site.signature import is_signed, sign_bytes
 
 NAMES_TOLD = 5

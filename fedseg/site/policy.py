@@ -14,11 +14,12 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
-from fedseg.config import Experiment, NonNegativeFloat, PositiveFloat, PositiveInt, Section
+from fedseg.config import Experiment
 from fedseg.errors import PolicyRefused
 from fedseg.federated.fingerprint import UNKNOWN
 from fedseg.federated.messages import SiteUpdate
 from fedseg.models.registry import ARCHITECTURES
+from fedseg.sections import NonNegativeFloat, PositiveFloat, PositiveInt, Section
 from fedseg.site.hours import Span, within
 
 SCORES = ("dice", "hd95", "surface_dice")

@@ -7,9 +7,9 @@ import logging
 from collections.abc import Iterable
 from pathlib import Path
 
-from fedseg.config import read_toml
 from fedseg.endpoint import App, Environ, Start
 from fedseg.errors import ConfigError, SiteUnreachable
+from fedseg.sections import read_toml
 from fedseg.series import Series
 from fedseg.site.connect import Connection
 

@@ -1,5 +1,6 @@
 """A Flower grid in this process."""
 
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from uuid import uuid4
@@ -26,6 +27,8 @@ class Node:
     """Flower's error code, in place of an answer."""
     polls: int = 0
     """Answers come only after so many polls."""
+    cut_off: threading.Event | None = None
+    """Its answers are announced, and the rest of them arrives when this is set."""
 
 
 @dataclass
@@ -65,6 +68,8 @@ class LoopGrid(Grid):
             node = self._owners[message_id]
             node.polls -= 1
             if node.polls < 0 and self._replies[message_id] is not None:
+                if node.cut_off is not None:
+                    assert node.cut_off.wait(60)
                 found.append(self._replies.pop(message_id))
         self.most_pulled = max(self.most_pulled, len(found))
         return found

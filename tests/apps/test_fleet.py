@@ -1,5 +1,6 @@
 """Rounds over Flower's messages are the rounds of a plain loop, whatever the nodes do."""
 
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 
 import client.app
-from fedseg import __version__, flower
+from fedseg import __version__, flower, puller
 from fedseg.errors import QuorumError
 from fedseg.federated.driver import run_federation
 from fedseg.federated.messages import Answer, RoundInstructions, SiteFailure, SiteUpdate
@@ -20,6 +21,7 @@ from fedseg.federated.networks import start_state
 from fedseg.federated.store import RunStore
 from fedseg.federated.weights import digest
 from fedseg.flower import FlowerFleet, reply_to
+from fedseg.members import Member
 from fedseg.site.config import load_site
 from tests.apps.grid import LoopGrid, Node
 from tests.apps.hospitals import gates, run_as_loop, tiny_experiment, write_hospitals
@@ -104,12 +106,12 @@ def test_a_broken_site_drops_out_without_naming_its_files(tmp_path: Path) -> Non
         assert not any(secret in data for data in grid.carried)
 
 
-def test_only_one_update_more_than_a_batch_is_ever_pulled() -> None:
+def test_no_more_than_one_update_is_pulled_at_once() -> None:
     grid = LoopGrid({number: echo(f"S{number:02d}") for number in range(20)})
     fleet = FlowerFleet(grid)
     answers = answers_of(fleet, list(fleet.sites()))
     assert len(answers) == 20
-    assert grid.most_pulled <= flower.PULL_AT_ONCE
+    assert grid.most_pulled == 1
 
 
 def test_answers_are_yielded_as_they_arrive() -> None:
@@ -137,6 +139,38 @@ def test_a_site_that_misses_the_deadline_is_late() -> None:
     answers = answers_of(fleet, sites, deadline=0.05)
     assert isinstance(answers["Aare"], SiteUpdate)
     assert answers["Elbe"] == SiteFailure("Elbe", 3, "late", "deadline")
+
+
+def test_an_answer_that_is_cut_off_in_the_middle_keeps_neither_the_others_nor_the_deadline_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(puller, "STUCK_SECONDS", 0.1)
+    grid = LoopGrid({1: echo("Aare"), 2: echo("Elbe"), 3: echo("Loire")})
+    fleet = FlowerFleet(grid)
+    sites = list(fleet.sites())
+    grid.nodes[1].cut_off = restored = threading.Event()
+    answers = answers_of(fleet, sites, deadline=1.0)
+    assert answers["Aare"] == SiteFailure("Aare", 3, "late", "deadline")
+    assert all(isinstance(answers[site], SiteUpdate) for site in ("Elbe", "Loire"))
+    restored.set()
+    grid.nodes[1].cut_off = None
+    assert isinstance(answers_of(fleet, sites)["Aare"], SiteUpdate), "it takes part in the next round"
+
+
+def test_a_site_whose_key_is_revoked_while_its_answer_arrives_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(puller, "STUCK_SECONDS", 0.1)
+    grid = LoopGrid({1: echo("Aare"), 2: echo("Elbe")})
+    members = {1: Member("Aare", 0.0), 2: Member("Elbe", 0.0)}
+    fleet = FlowerFleet(grid, who=lambda: members)
+    sites = list(fleet.sites())
+    grid.nodes[2].cut_off = threading.Event()
+    answers = fleet.exchange(INSTRUCTIONS, sites, None)
+    assert isinstance(next(answers), SiteUpdate)
+    del members[2]
+    assert list(answers) == [SiteFailure("Elbe", 3, "failed", "NodeUnavailable")]
+    grid.nodes[2].cut_off.set()
 
 
 def test_a_site_that_left_fails_and_the_others_answer() -> None:

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from fedseg.config import load_section, validate_section
 from fedseg.data.shift.catalogue import EFFECTS, SEVERITIES, STAGES
 from fedseg.data.shift.profiles import (
     SHIPPED,
@@ -23,6 +22,7 @@ from fedseg.data.shift.profiles import (
 )
 from fedseg.data.shift.scanner import happening, see_through
 from fedseg.errors import ConfigError
+from fedseg.sections import load_section, validate_section
 from fedseg.site.config import load_site
 
 SHAPE = (28, 36, 32)

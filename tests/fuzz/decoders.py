@@ -20,7 +20,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from google.protobuf.message import DecodeError
 
 from fedseg.app_bundle import bundled_files
-from fedseg.config import Experiment, ScreeningConfig, load_section, parse_experiment
+from fedseg.config import Experiment, ScreeningConfig, parse_experiment
 from fedseg.coordinator.ledger import Ledger
 from fedseg.coordinator.state import read_status
 from fedseg.coordinator.study import StudyConfig, read_public_key, read_request
@@ -30,6 +30,7 @@ from fedseg.federated.screening import screen, screen_scores
 from fedseg.flower import pack_answer, read_answer
 from fedseg.kit import KitConfig, Manifest, Roster, parse_document
 from fedseg.members import read_who
+from fedseg.sections import load_section
 from fedseg.site.approval import approvals
 from fedseg.site.chain import Entry, entries, read_head, verify
 from fedseg.site.config import SiteConfig

@@ -295,7 +295,9 @@ def test_a_site_that_sends_nonsense_changes_nothing(study: Study) -> None:
         study.start_service("Loire")
 
 
-def test_a_corrupt_volume_is_set_aside_and_counted_and_the_change_is_noticed(study: Study, before: int) -> None:
+def test_a_corrupt_volume_is_set_aside_and_counted_and_the_change_is_noticed(
+    study: Study, before: int, prometheus: Prometheus
+) -> None:
     image = sorted((study.data("Loire") / "imagesTr").iterdir())[0]
     whole = image.read_bytes()
     image.write_bytes(whole[:-100])
@@ -306,6 +308,8 @@ def test_a_corrupt_volume_is_set_aside_and_counted_and_the_change_is_noticed(stu
         changed = "SELECT server_round FROM events WHERE kind = 'data-changed' AND site = 'Loire' AND server_round > ?"
         assert study.rows(changed, before)
         assert image.name not in study.server_log()
+        series = "fedseg_site_quarantined_cases"  # for as long as there are such cases
+        study.wait_for(lambda: prometheus.ever(series), PATIENCE, "Prometheus has seen it")
     finally:
         image.write_bytes(whole)
     goes_on(study, study.rounds(), "Loire")

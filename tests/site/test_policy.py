@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedseg.config import load_section, parse_experiment, validate_section
+from fedseg.config import parse_experiment
 from fedseg.errors import ConfigError, PolicyRefused, SiteAbstained
 from fedseg.federated.messages import SiteUpdate
+from fedseg.sections import load_section, validate_section
 from fedseg.site.hours import within
 from fedseg.site.policy import FIGURES, KINDS, SCORES, Policy, check_cases, check_request, only_allowed
 

@@ -60,7 +60,7 @@ def _orientation(volume: Volume, label: LabelMap, number: float, _: Draw) -> Pla
         return np.asarray(orientations.apply_orientation(volume.geometry.turn_back(array_DHW), turn))
 
     turned = affine @ orientations.inv_ornt_aff(turn, volume.geometry.shape)
-    geometry = _geometry(stored(label.array).shape, turned, volume.geometry.orientation)
+    geometry = Geometry.of(stored(label.array).shape, turned, volume.geometry.orientation)
     channels = [geometry.turn(stored(channel)) for channel in volume.array]
     return Volume(np.stack(channels), geometry), LabelMap(geometry.turn(stored(label.array)), geometry)
 
@@ -116,11 +116,5 @@ _CHANGES: dict[str, Callable[[Volume, LabelMap, float, Draw], Placed]] = {
 def _on_grid(image: NDArray[np.float32], label: NDArray[Any], old: Geometry, step: NDArray[np.float64]) -> Placed:
     """Arrays on a grid whose index `(d, h, w, 1)` is `step @` that of the old one, stored in the array's own order."""
     affine = (old.array_affine @ step)[:, [2, 1, 0, 3]]
-    geometry = _geometry(label.shape[::-1], affine, old.orientation)
+    geometry = Geometry.of(label.shape[::-1], affine, old.orientation)
     return Volume(np.ascontiguousarray(image), geometry), LabelMap(np.ascontiguousarray(label), geometry)
-
-
-def _geometry(shape: tuple[int, ...], affine: NDArray[np.float64], orientation: str) -> Geometry:
-    x, y, z = shape
-    rows = [tuple(float(value) for value in row) for row in affine]
-    return Geometry((x, y, z), tuple(rows), orientation)  # type: ignore[arg-type]

@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, FiniteFloat, ValidationInfo, model_validator
 
-from fedseg.config import Fraction, PositiveInt, Section, load_section
 from fedseg.data.shift import catalogue
 from fedseg.errors import ConfigError
+from fedseg.sections import Fraction, PositiveInt, Section, load_section
 
 SHIPPED = Path(__file__).parent.parent / "profiles"
 
