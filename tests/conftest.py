@@ -1,5 +1,6 @@
 """What many tests need."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -50,3 +51,9 @@ def pytest_collection_modifyitems(items):
         return next((number for number, part in enumerate(LONGEST) if part in file), len(LONGEST))
 
     items.sort(key=place)
+
+
+def pytest_collection_finish():
+    """A collection of garbage need not look at all that torch, MONAI and the tests consist of: thousands of times, it adds up."""
+    gc.collect()
+    gc.freeze()

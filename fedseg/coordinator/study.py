@@ -25,6 +25,8 @@ FileName = Annotated[str, Field(min_length=1, pattern=r"^[^\x00-\x1f\x7f]+$")]
 KeySource = Literal["made here", "public key", "CSR"]
 
 COORDINATOR = "coordinator"
+LONGEST_REASON = 200
+"""Characters of what a library says of a broken key; it may repeat all of it."""
 _LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
 _DNS_NAME = re.compile(rf"{_LABEL}(?:\.{_LABEL})*")
 
@@ -181,7 +183,7 @@ def read_public_key(path: Path) -> ec.EllipticCurvePublicKey:
         return _checked_key(load(content), path)
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise ConfigError(
-            f"{path}: is not a public key of EC P-384 or P-256 in PEM or OpenSSH format: {error}"
+            f"{path}: is not a public key of EC P-384 or P-256 in PEM or OpenSSH format: {str(error)[:LONGEST_REASON]}"
         ) from error
 
 

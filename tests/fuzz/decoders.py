@@ -249,7 +249,10 @@ DECODERS = {
     "status.json": Decoder(_file(lambda path: read_status(path.parent), "status.json"), (_json({"rounds": 3}),)),
     "who.json": Decoder(_file(read_who, "who.json"), (_json({"12": {"name": "Aare", "started": 1.5}}), b"{}")),
     "request": Decoder(_file(read_request, "site.csr"), (b"-----BEGIN CERTIFICATE REQUEST-----\nMAA=\n",)),
-    "public-key": Decoder(_file(read_public_key, "site.pub"), (b"ecdsa-sha2-nistp384 AAAA x\n",)),
+    "public-key": Decoder(
+        _file(read_public_key, "site.pub"),
+        (b"ecdsa-sha2-nistp384 AAAA x\n", b"ecdsa-" + b"a" * 20_000 + b" AAAA x\n"),
+    ),
     "audit-line": Decoder(_audit_line, (_line(),)),
     "audit-log": Decoder(_file(_audit_log, "audit.jsonl"), (_line(), _line() * 2)),
     "audit-head": Decoder(
