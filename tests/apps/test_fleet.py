@@ -149,7 +149,7 @@ def test_an_answer_that_is_cut_off_in_the_middle_keeps_neither_the_others_nor_th
     fleet = FlowerFleet(grid)
     sites = list(fleet.sites())
     grid.nodes[1].cut_off = restored = threading.Event()
-    answers = answers_of(fleet, sites, deadline=1.0)
+    answers = answers_of(fleet, sites, deadline=3.0)
     assert answers["Aare"] == SiteFailure("Aare", 3, "late", "deadline")
     assert all(isinstance(answers[site], SiteUpdate) for site in ("Elbe", "Loire"))
     restored.set()

@@ -165,11 +165,13 @@ def test_a_running_round_says_who_is_missing_and_when_the_end_is_expected(tmp_pa
     try:
         gate.let(1)
         while (
-            (found := status(tmp_path))["round"] < 1 or found["waiting"] is None or len(found["waiting"]["sites"]) == 5
+            (found := status(tmp_path))["round"] < 1
+            or found["waiting"] is None
+            or (waiting := found["waiting"])["round"] < 2
+            or len(waiting["sites"]) == 5
         ):
-            pass
+            time.sleep(0.01)
         assert found["state"] == "running"
-        waiting = found["waiting"]
         assert (waiting["round"], waiting["closing"], waiting["asked"]) == (2, False, 5)
         assert waiting["sites"] == list(SITES[1:])
         assert [site["state"] for site in found["sites"]] == ["answered", "asked", "asked", "asked", "asked"]
