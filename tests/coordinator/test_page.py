@@ -5,6 +5,7 @@ import os
 import re
 import sqlite3
 import threading
+import time
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from importlib.resources import files
