@@ -17,15 +17,16 @@ def interval_table(study: Study) -> Table:
     """One row per method: its figures with 95 % intervals."""
     table = Table(title="With 95 % intervals", title_justify="left")
     shown = [figure for figure in FIGURES if any(figure in found for found in study.figures.values())]
-    for heading in ("method", *(FIGURES[figure][0] for figure in shown), "MB per site\nto 95 % of pooled"):
+    sent = {method: _megabytes(study.results, method) for method in study.methods}
+    traffic = ["MB per site\nto 95 % of pooled"] if any(sent.values()) else []
+    for heading in ("method", *(FIGURES[figure][0] for figure in shown), *traffic):
         table.add_column(heading, justify="left" if heading == "method" else "right")
     for method, found in study.figures.items():
         cells = (interval(found[figure], FIGURES[figure][1]) if figure in found else "" for figure in shown)
-        table.add_row(method, *cells, _megabytes(study.results, method))
+        table.add_row(method, *cells, *([sent[method]] if traffic else []))
     seeds = f" in each of {len(study.results)} seeds" if len(study.results) > 1 else ""
-    table.caption = (
-        f"Intervals: the same figures of persons drawn with replacement{seeds}. MB, up and down: until the validation Dice "
-        "had 95 % of the pooled model's."
+    table.caption = f"Intervals: the same figures of persons drawn with replacement{seeds}." + (
+        " MB, up and down: until the validation Dice had 95 % of the pooled model's." if traffic else ""
     )
     table.caption_justify = "left"
     return table

@@ -8,7 +8,8 @@ With D(c, s) the mean Dice under effect c at severity s, and a bar for the refer
 
 and mCE their mean over effects: below 1, a network is better, or loses less, than the reference. The mean degradation is
 the mean of D_clean - D(c, s); the weighted one counts severity s with (2/3)^s, since slight shifts are the common ones
-(Boone et al. 2023, doi:10.1016/j.neuroimage.2023.120289).
+(Boone et al. 2023, doi:10.1016/j.neuroimage.2023.120289). The relative CE is of those effects only that cost the reference
+a Dice point in the mean; else one that costs nobody anything would decide.
 """
 
 import math
@@ -24,6 +25,8 @@ from fedseg.robustness.resampling import Floats, Resampling, estimate
 from fedseg.robustness.results import Results, dice
 from fedseg.robustness.views import View
 
+MEASURABLE = 0.01
+"""Dice that the reference must lose in the mean over severities, or the relative error would be a quotient of noise."""
 ALPHA = 2 / 3
 
 
@@ -96,11 +99,12 @@ def degradations(clean: Floats, scores_CS: Floats, severities: Sequence[int]) ->
 
 
 def corruption_errors(clean: Floats, scores_CS: Floats, clean_ref: Floats, scores_ref_CS: Floats) -> dict[str, Floats]:
-    """CE and relative CE by effect; NaN where the reference makes no error, or loses nothing."""
+    """CE and relative CE by effect; NaN where the reference makes no error, or loses next to nothing."""
     with np.errstate(invalid="ignore", divide="ignore"):
         plain = (1 - scores_CS).sum(axis=1) / (1 - scores_ref_CS).sum(axis=1)
         lost_ref = (clean_ref - scores_ref_CS).sum(axis=1)
-        relative = (clean - scores_CS).sum(axis=1) / np.where(lost_ref > 0, lost_ref, math.nan)
+        enough = lost_ref >= MEASURABLE * scores_CS.shape[1]
+        relative = (clean - scores_CS).sum(axis=1) / np.where(enough, lost_ref, math.nan)
     return {"ce": plain, "relative_ce": relative}
 
 

@@ -76,6 +76,8 @@ def test_corruption_errors_are_relative_to_the_reference():
     assert errors["ce"] == pytest.approx([(0.2 + 0.4) / (0.3 + 0.5), 0.2 / 0.4])
     assert errors["relative_ce"][0] == pytest.approx((0.1 + 0.3) / (0.1 + 0.3))
     assert math.isnan(errors["relative_ce"][1])  # what costs the reference nothing has no relative cost
+    barely = np.array([[0.7, 0.5], [0.799, 0.795]])
+    assert math.isnan(corruption_errors(clean, ours, clean_ref, barely)["relative_ce"][1])
 
 
 def test_degradation_is_in_points_and_slight_shifts_weigh_more():
