@@ -18,7 +18,7 @@ STUCK_SECONDS = 2.0
 
 
 class Puller(Generic[T]):
-    """Asks for answers by their number. One is fetched at a time, and beside it only what is stuck.
+    """Asks for answers by the ids of the messages that they answer. One is fetched at a time, and beside it only what is stuck.
 
     A context: what is still stuck when it ends is given up, and a thread may go on waiting for it; it does not keep the process.
 
@@ -31,7 +31,7 @@ class Puller(Generic[T]):
         self._wanted = queue.SimpleQueue[str | None]()
         self._fetched = queue.SimpleQueue[tuple[str, T | Exception | None]]()
         self.stuck: set[str] = set()
-        """Numbers of answers that have begun to arrive."""
+        """Ids of messages whose answers have begun to arrive."""
 
     def __enter__(self) -> Self:
         self._start()
@@ -42,30 +42,30 @@ class Puller(Generic[T]):
     ) -> None:
         self._wanted.put(None)
 
-    def __call__(self, numbers: Iterable[str]) -> Iterator[tuple[str, T]]:
+    def __call__(self, message_ids: Iterable[str]) -> Iterator[tuple[str, T]]:
         """What has arrived of these.
 
         Args:
-            numbers: of the answers.
+            message_ids: what they answer.
 
         Raises:
             Exception: what `pull` raised.
         """
-        for number in [number for number in numbers if number not in self.stuck]:
-            self._wanted.put(number)
-            yield from self._collect(number)
+        for message_id in [message_id for message_id in message_ids if message_id not in self.stuck]:
+            self._wanted.put(message_id)
+            yield from self._collect(message_id)
         yield from self._collect()
 
-    def _collect(self, number: str | None = None) -> Iterator[tuple[str, T]]:
-        """What was fetched, with `number` among it unless that is stuck."""
-        until = time.monotonic() + (STUCK_SECONDS if number is not None else 0)
+    def _collect(self, message_id: str | None = None) -> Iterator[tuple[str, T]]:
+        """What was fetched, with `message_id` among it unless that is stuck."""
+        until = time.monotonic() + (STUCK_SECONDS if message_id is not None else 0)
         found = None
-        while number is None or found != number:
+        while message_id is None or found != message_id:
             try:
                 found, answer = self._fetched.get(timeout=max(until - time.monotonic(), 0))
             except queue.Empty:
-                if number is not None:
-                    self.stuck.add(number)
+                if message_id is not None:
+                    self.stuck.add(message_id)
                     self._start()  # the other thread waits
                 return
             self.stuck.discard(found)
@@ -78,9 +78,9 @@ class Puller(Generic[T]):
         threading.Thread(target=self._work, name="puller", daemon=True).start()
 
     def _work(self) -> None:
-        while (number := self._wanted.get()) is not None:
+        while (message_id := self._wanted.get()) is not None:
             try:
-                self._fetched.put((number, self._pull(number)))
+                self._fetched.put((message_id, self._pull(message_id)))
             except Exception as error:  # raised where the answer is waited for
-                self._fetched.put((number, error))
+                self._fetched.put((message_id, error))
         self._wanted.put(None)  # for the other threads

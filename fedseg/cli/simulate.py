@@ -61,7 +61,8 @@ def simulate(
         raise ConfigError(f"--seed {twice[0]} is given twice; seeds of one study differ")
     output = output or Path("runs") / scenario.stem
     if seed is not None and len(seed) > 1:
-        refuse_results(output)  # of one seed
+        if (output / "result.json").exists() or (output / "store.sqlite").exists():
+            raise ConfigError(f"{output} holds the results of one seed; choose another --output for several")
         wanted = {of_seed(output, number): load_scenario(scenario, seed=number, rounds=rounds) for number in seed}
     else:
         wanted = {output: load_scenario(scenario, seed=seed[0] if seed else None, rounds=rounds)}

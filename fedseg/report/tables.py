@@ -28,12 +28,9 @@ def load_result(directory: Path) -> Result:
         result: Result = json.loads(path.read_text(encoding="utf-8"))
         result["final"], result["headline"], result["sites"]
     except FileNotFoundError:
-        seeds = ", ".join(str(seed) for seed in with_seeds(directory) if seed != directory)
-        hint = (
-            f"this folder has several seeds, name one of {seeds}"
-            if seeds
-            else "`fedseg simulate` writes it when it has finished"
-        )
+        hint = "`fedseg simulate` writes it when it has finished"
+        if (seeds := with_seeds(directory)) != [directory]:
+            hint = f"this folder has several seeds, name one of {', '.join(map(str, seeds))}"
         raise StoreError(f"{path}: no such file; {hint}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StoreError(f"{path}: not a result of `fedseg simulate`: {type(error).__name__}: {error}") from error
@@ -47,12 +44,11 @@ def of_seed(study: Path, seed: int) -> Path:
 
 def with_seeds(directory: Path) -> list[Path]:
     """The result directories of a study of several seeds in their order, or the directory itself if it is none."""
-    seeds = sorted(int(found.name.removeprefix("seed-")) for found in directory.glob("seed-[0-9]*"))
-    return (
-        [directory]
-        if (directory / "result.json").exists() or not seeds
-        else [of_seed(directory, seed) for seed in seeds]
-    )
+    if (directory / "result.json").exists():
+        return [directory]
+    names = (found.name.removeprefix("seed-") for found in directory.glob("seed-*"))
+    seeds = sorted(int(name) for name in names if name.isascii() and name.isdecimal())
+    return [of_seed(directory, seed) for seed in seeds] or [directory]
 
 
 def load_study(directories: Sequence[Path]) -> list[Result]:
